@@ -1,0 +1,41 @@
+"""feature_probe: are the layers learning features, by which account, and since when.
+
+:class:`FeatureProbe` watches a training loop; :func:`measure` measures frozen weights.
+"""
+
+from feature_probe.coverage import Coverage, ParameterCoverage
+from feature_probe.errors import ConfigurationError, FeatureProbeError, NotMeasuredError
+from feature_probe.estimate import Estimate
+from feature_probe.layers import (
+    ConvRule,
+    LayerRule,
+    LinearRule,
+    register_layer_rule,
+    unregister_layer_rule,
+)
+from feature_probe.measure import measure
+from feature_probe.probe import FeatureProbe
+from feature_probe.relations import RELATIONS, Relation
+from feature_probe.report import Record, Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RELATIONS",
+    "ConfigurationError",
+    "ConvRule",
+    "Coverage",
+    "Estimate",
+    "FeatureProbe",
+    "FeatureProbeError",
+    "LayerRule",
+    "LinearRule",
+    "NotMeasuredError",
+    "ParameterCoverage",
+    "Record",
+    "Relation",
+    "Report",
+    "measure",
+    "register_layer_rule",
+    "unregister_layer_rule",
+]

@@ -1,0 +1,171 @@
+"""Scores between a measured Gram matrix and a predicted matrix, and the levels chance reaches.
+
+All scores are functions of inner products, traces and sums of :class:`Factored` matrices, taken
+over the entries *inside* the diagonal blocks; a block-diagonal weight's zeros outside its blocks
+are no data (MATH §2). Undefined numbers are NaN with a reason.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from feature_probe.factored import Factored, Spectrum, gram_spectrum
+
+_NAN = float("nan")
+#: Relative size below which a variance is rounding, not data.
+_DEGENERATE = 1e-13
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a predicted matrix X agrees with the measured A, over entries inside blocks.
+
+    Attributes:
+        pearson: Pearson's r over the entries.
+        cosine: ⟨A, X⟩/(‖A‖‖X‖).
+        trace_free_cosine: The cosine after (tr/d)·I is taken off every block of both.
+        chance_cosine: The cosine expected under a random rotation of the basis,
+            Σ_b (tr A_b tr X_b/d)/(‖A‖‖X‖), closed form (MATH §3).
+        scale: c of the best least-squares fit A ≈ c·X.
+        reason: Why any of them is NaN, "" if none is.
+    """
+
+    pearson: float
+    cosine: float
+    trace_free_cosine: float
+    chance_cosine: float
+    scale: float
+    reason: str = ""
+
+
+def undefined(reason: str) -> Agreement:
+    """All scores NaN, with the reason."""
+    return Agreement(_NAN, _NAN, _NAN, _NAN, _NAN, reason)
+
+
+def compare(actual: Factored, predicted: Factored) -> Agreement:
+    """Scores of ``predicted`` against ``actual``, both ``[groups]`` blocks of side d.
+
+    Returns:
+        The scores; NaN with a reason where a side is zero, not finite, constant or 1 × 1.
+    """
+    size, entries = actual.size, actual.groups * actual.size**2
+    if entries == 1:
+        return undefined("a 1 × 1 matrix has nothing to compare")
+    norm_a, norm_x = float(actual.squared_norm()), float(predicted.squared_norm())
+    cross = float(actual.inner(predicted))
+    if not all(map(math.isfinite, (norm_a, norm_x, cross))):
+        return undefined("not finite")
+    if norm_a == 0 or norm_x == 0:
+        return undefined("weight is zero" if norm_a == 0 else "predicted matrix is zero")
+    total_a, total_x = float(actual.total()), float(predicted.total())
+    traces_a, traces_x = actual.traces(), predicted.traces()
+    chance = float((traces_a * traces_x).sum()) / size
+    spherical_a = float(traces_a.square().sum()) / size
+    spherical_x = float(traces_x.square().sum()) / size
+    pearson = _ratio(
+        cross - total_a * total_x / entries,
+        (norm_a, norm_a - total_a**2 / entries),
+        (norm_x, norm_x - total_x**2 / entries),
+    )
+    trace_free = _ratio(
+        cross - chance, (norm_a, norm_a - spherical_a), (norm_x, norm_x - spherical_x)
+    )
+    product = math.sqrt(norm_a) * math.sqrt(norm_x)
+    return Agreement(
+        pearson=pearson,
+        cosine=_clip(cross / product),
+        trace_free_cosine=trace_free,
+        chance_cosine=chance / product,
+        scale=cross / norm_x,
+        reason=_nan_reason(pearson, trace_free),
+    )
+
+
+def _ratio(cross: float, a: tuple[float, float], x: tuple[float, float]) -> float:
+    """cross/√(var_a·var_x); each pair is (second moment, variance), NaN if a variance is nil."""
+    if any(variance <= _DEGENERATE * moment for moment, variance in (a, x)):
+        return _NAN
+    return _clip(cross / (math.sqrt(a[1]) * math.sqrt(x[1])))
+
+
+def _clip(value: float) -> float:
+    return max(-1.0, min(1.0, value))
+
+
+def _nan_reason(pearson: float, trace_free: float) -> str:
+    reasons = []
+    if math.isnan(pearson):
+        reasons.append("Pearson undefined: all entries equal")
+    if math.isnan(trace_free):
+        reasons.append("trace-free cosine undefined: a multiple of the identity")
+    return "; ".join(reasons)
+
+
+def shared_weight_cosine(
+    weight: Tensor,
+    curvature: Spectrum,
+    power: float,
+    tolerance: float,
+    *,
+    seed: int = 0,
+) -> float:
+    """Cosine of WᵀW with (WᵀQKQᵀW)ˢ, Q a random rotation: what K with random eigenvectors gets.
+
+    The control of the papers (papers/centered_nfa.md): the W that both sides share is kept, only
+    K's eigenvectors are drawn anew. For s = 1 the closed form of MATH §3 (a ratio of expectations),
+    otherwise the mean over draws, 8 where d_out ≤ 32 down to 1 from 256 on: the spread of one draw
+    falls with the width, and the mean is good to about 0.01.
+
+    Args:
+        weight: W in float64, shape ``[groups, d_out, d_in]``, or in coordinates of its row space.
+        curvature: Kept eigenpairs of K or E, ``[groups, r]`` values.
+        power: s.
+        tolerance: Relative eigenvalue clamp.
+        seed: Seed of the draws, so that a report can be repeated.
+
+    Returns:
+        The cosine, or NaN where d_out = 1 or a side is zero.
+    """
+    width = weight.shape[1]
+    if width < 2 or curvature.kept == 0:
+        return _NAN
+    if power == 1.0:
+        return _closed_form(weight, curvature.values)
+    generator = torch.Generator(device=weight.device).manual_seed(seed)
+    draws = max(1, min(8, 256 // width))
+    gram = Factored.gram(weight)
+    cosines = [
+        compare(gram, gram_spectrum(rows, tolerance).power(power)).cosine
+        for rows in (_random_rows(weight, curvature.values, generator) for _ in range(draws))
+    ]
+    return sum(cosines) / draws
+
+
+def _random_rows(weight: Tensor, values: Tensor, generator: torch.Generator) -> Tensor:
+    """Λ^{1/2} QᵀW with Q the first r columns of a Haar rotation, shape ``[groups, r, d_in]``."""
+    shape = (weight.shape[0], weight.shape[1], values.shape[1])
+    normal = torch.randn(shape, generator=generator, dtype=weight.dtype, device=weight.device)
+    columns, triangle = torch.linalg.qr(normal)
+    columns = columns * triangle.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
+    rows: Tensor = values.sqrt()[..., None] * (columns.mT @ weight)
+    return rows
+
+
+def _closed_form(weight: Tensor, values: Tensor) -> float:
+    """MATH §3: ρ ≈ (tr K/k) tr L² / √(tr L² · [a tr L² + b(tr L² + (tr L)²)]), blocks added."""
+    k = weight.shape[1]
+    gram = weight @ weight.mT if k <= weight.shape[2] else weight.mT @ weight
+    trace_l2 = gram.square().sum((-1, -2))
+    trace_l = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    trace_k, trace_k2 = values.sum(-1), values.square().sum(-1)
+    b = (k * trace_k2 - trace_k**2) / (k * (k - 1) * (k + 2))
+    a = (trace_k**2 - 2 * k * b) / k**2
+    cross = (trace_k / k * trace_l2).sum()
+    norm = (a * trace_l2 + b * (trace_l2 + trace_l**2)).sum()
+    product = float((trace_l2.sum() * norm).sqrt())
+    return float(cross) / product if product > 0 else _NAN

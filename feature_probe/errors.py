@@ -1,0 +1,31 @@
+"""Exceptions and warnings of feature_probe, all importable from the package root."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class FeatureProbeError(Exception):
+    """Base class of everything this package raises on purpose."""
+
+
+class ConfigurationError(FeatureProbeError, ValueError):
+    """An argument, a selection or a model that cannot be probed as asked.
+
+    Raised before training is touched: by the constructor, by ``attach()`` or, for what only a
+    forward pass can show (the model's output type), in the first forward pass.
+    """
+
+
+class NotMeasuredError(FeatureProbeError, LookupError):
+    """A number or a matrix was asked for that this report does not hold."""
+
+
+def positive_integer(name: str, value: Any) -> None:
+    """Check that an argument counts something.
+
+    Raises:
+        ConfigurationError: if ``value`` is not an integer of at least 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(f"{name} must be a positive integer, got {value!r}")

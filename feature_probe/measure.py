@@ -1,0 +1,274 @@
+"""measure: every relation at frozen weights, over a whole loader. The reference for the loop."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from feature_probe.assembly import Assembler
+from feature_probe.decay import WeightDecay
+from feature_probe.errors import ConfigurationError
+from feature_probe.jacobian import JacobianSettings
+from feature_probe.models import unwrap
+from feature_probe.observer import Observer, ObserverSettings, Positions, Reduction, Window
+from feature_probe.relations import Sum, parse_powers, parse_relations
+from feature_probe.report import Report
+from feature_probe.targets import Selection, Target, find_targets
+
+LossFunction = Callable[[Any, Any], Tensor]
+Forward = Callable[[nn.Module, Any], tuple[Any, Tensor | None]]
+
+
+def measure(
+    model: nn.Module,
+    loader: Iterable[Any],
+    loss_fn: LossFunction | None = None,
+    *,
+    weight_decay: float | Mapping[str, float] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    relations: Iterable[str] | str = ("fact", "bfact", "nfa", "enfa"),
+    powers: Iterable[float] | float = (0.5, 1.0),
+    include: Selection = None,
+    exclude: Selection = None,
+    output: Callable[[Any], Any] | None = None,
+    forward: Forward | None = None,
+    jacobian: Literal["exact", "random"] = "exact",
+    num_probes: int = 1,
+    positions: Positions = "expand",
+    loss_reduction: Reduction = "mean",
+    training_batch_size: int | None = None,
+    eval_mode: bool = True,
+    progress: bool = True,
+    max_dim: int = 8192,
+    max_outputs: int = 1024,
+    seed: int = 0,
+    step: int = 0,
+) -> Report:
+    """Measure the relations at the model's weights as they stand, over a whole data set.
+
+    The definitions, exactly: G, K and E are means over all examples of ``loader``, however it is
+    split into batches (evaluation mode; a loss that is a mean or a sum of per-example losses). The
+    model's gradients, training flags, buffers and the random state are as before afterwards.
+
+    Cost: one forward and one backward pass over the data, and with jacobian="exact" one
+    activation-only backward pass per output coordinate.
+
+    Args:
+        model: The module to measure; batches are moved to the device of its first parameter.
+        loader: Batches, each ``(input, target)``; without a loss a bare input will do.
+        loss_fn: ``loss_fn(output, target) -> scalar``. Not needed for nfa and bnfa.
+        weight_decay: λ of the loss (λ/2)‖W‖² beside ``loss_fn``, one number or by layer name.
+        optimizer: Read λ from its groups instead.
+        relations: Names in :data:`feature_probe.RELATIONS`.
+        powers: The powers s of AGOPˢ and eNFAˢ.
+        include: Layers to measure, as in :class:`feature_probe.FeatureProbe`.
+        exclude: Layers to leave out.
+        output: Picks f, shape ``[n, ...]``, out of what the model returns; the loss still gets what
+            the model returned.
+        forward: ``(model, batch) -> (output, loss)`` for batches of any other shape, instead of
+            ``loss_fn``. It must call ``model`` once; the loss may be None where none is needed.
+        jacobian: "exact" or "random".
+        num_probes: Random products per batch.
+        positions: "expand" or "reduce", as in the probe.
+        loss_reduction: "mean": ``loss_fn`` is a mean over the batch. "sum": it is a sum, and G is
+            ``training_batch_size`` times the mean gradient, as the optimizer saw it.
+        training_batch_size: B of training, needed with "sum" and only there.
+        eval_mode: Measure in evaluation mode; False leaves the modes as they are.
+        progress: Show a progress bar.
+        max_dim: Layers with more output rows per group get no K and E.
+        max_outputs: Most output coordinates that "exact" accepts.
+        seed: Seed of the random signs.
+        step: Step to write into the records.
+
+    Returns:
+        The report, with its matrices.
+
+    Raises:
+        ConfigurationError: for a bad argument, an empty loader, a batch of another shape than
+            ``(input, target)`` without ``forward``, or a model output that is no tensor without
+            ``output``.
+    """
+    model = unwrap(model)
+    asked = parse_relations(relations)
+    needs = frozenset(relation.needs for relation in asked)
+    scale = _gradient_scale(loss_reduction, training_batch_size)
+    run = _runner(loss_fn, forward, needs)
+    targets = find_targets(model, include, exclude)
+    settings = ObserverSettings(
+        needs, JacobianSettings(jacobian, num_probes, max_outputs), output, positions,
+        loss_reduction, max_dim, seed,
+    )  # fmt: skip
+    decay = WeightDecay(targets, optimizer, weight_decay)
+    observer = Observer(model, targets, settings, _raise, needs_backward=False, inject_leaf=True)
+    assembler = Assembler(model, targets, observer, decay, asked, parse_powers(powers), scale)
+    window = Window.empty(targets)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with _left_as_found(model, eval_mode), torch.inference_mode(False), torch.enable_grad():
+        observer.recorder.arm()
+        try:
+            for batch in _with_progress(loader, progress):
+                _, loss = run(model, _to_device(batch, device))
+                gradients = _weight_gradients(observer, targets, loss, needs)
+                _add_batch(window, observer.take(), targets, gradients, loss_reduction)
+        finally:
+            observer.recorder.disarm()
+    if window.examples == 0:
+        raise ConfigurationError(
+            "nothing was measured: the loader gave no batch, or the model itself was not called"
+        )
+    described = {
+        "source": "measure",
+        "jacobian": jacobian,
+        "num_probes": num_probes,
+        "positions": positions,
+        "loss_reduction": loss_reduction,
+        "eval_mode": eval_mode,
+    }
+    return assembler.report(window, step, described, keep=True)
+
+
+def _gradient_scale(reduction: str, training_batch_size: int | None) -> float:
+    if reduction == "sum" and training_batch_size is None:
+        raise ConfigurationError(
+            "loss_reduction='sum' needs training_batch_size=: the gradient the optimizer saw is "
+            "that many times the mean (for full-batch training the size of the data set)"
+        )
+    if reduction != "sum" and training_batch_size is not None:
+        raise ConfigurationError("training_batch_size only acts with loss_reduction='sum'")
+    if training_batch_size is not None and training_batch_size < 1:
+        raise ConfigurationError(f"training_batch_size must be positive: {training_batch_size!r}")
+    return float(training_batch_size or 1)
+
+
+def _runner(
+    loss_fn: LossFunction | None, forward: Forward | None, needs: frozenset[Sum]
+) -> Callable[[nn.Module, Any], tuple[Any, Tensor | None]]:
+    """A function of (model, batch) giving output and loss."""
+    if forward is not None:
+        if loss_fn is not None:
+            raise ConfigurationError("give loss_fn or forward, not both: forward returns the loss")
+        return forward
+    if loss_fn is None:
+        if needs != {"jacobian"}:
+            raise ConfigurationError(
+                "loss_fn is needed for FACT and eNFA relations; only nfa and bnfa do without"
+            )
+        return lambda model, batch: (model(_split(batch, 1)[0]), None)
+
+    def run(model: nn.Module, batch: Any) -> tuple[Any, Tensor]:
+        inputs, target = _split(batch, 2)
+        out = model(inputs)
+        return out, loss_fn(out, target)
+
+    return run
+
+
+def _split(batch: Any, parts: int) -> Sequence[Any]:
+    if isinstance(batch, (tuple, list)) and len(batch) >= parts and len(batch) <= 2:
+        return batch
+    if isinstance(batch, Tensor) and parts == 1:
+        return (batch,)
+    shape = f" of {len(batch)}" if isinstance(batch, Sized) else ""
+    raise ConfigurationError(
+        f"a batch must be (input, target), got {type(batch).__name__}{shape}; for other shapes "
+        "give forward=lambda model, batch: (output, loss)"
+    )
+
+
+def _weight_gradients(
+    observer: Observer, targets: Sequence[Target], loss: Tensor | None, needs: frozenset[Sum]
+) -> dict[int, Tensor | None]:
+    """Run the loss backward through the hooks; gradients of the weights that are parameters."""
+    if loss is None or needs == {"jacobian"}:
+        return {}
+    if loss.dim() != 0:
+        raise ConfigurationError(
+            f"the loss must be a scalar, got shape {tuple(loss.shape)}; reduce it by mean or sum"
+        )
+    if not loss.requires_grad:
+        return {}
+    own = {
+        index: target.parameter
+        for index, target in enumerate(targets)
+        if target.parameter is not None and observer.recorder.uses_parameter(index)
+    }
+    # the edges make the layers' hooks fire where no parameter below them is asked for
+    wanted: list[Any] = [*own.values(), *observer.edges]
+    if not wanted:
+        return {}
+    gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+    return dict(zip(own, gradients, strict=False))
+
+
+def _add_batch(
+    window: Window,
+    batch: Window,
+    targets: Sequence[Target],
+    gradients: Mapping[int, Tensor | None],
+    reduction: Reduction,
+) -> None:
+    """Add a batch, its gradient weighted by its examples, so that any split adds up to the same."""
+    weight = float(batch.examples) if reduction == "mean" else 1.0
+    for index, (target, moments) in enumerate(zip(targets, batch.layers, strict=True)):
+        gradient = gradients.get(index)
+        if gradient is not None:
+            moments.add_gradient(target.rule.gradient_matrix(target.module, gradient))
+        if moments.gradient is not None:
+            moments.gradient.mul_(weight)
+        moments.gradient_weight = float(batch.examples)
+    window.merge(batch)
+
+
+def _raise(error: Exception, where: str) -> None:
+    raise error
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _to_device(value, device) for key, value in batch.items()}
+    if type(batch) in (tuple, list):
+        return type(batch)(_to_device(value, device) for value in batch)
+    return batch
+
+
+def _with_progress(loader: Iterable[Any], progress: bool) -> Iterator[Any]:
+    bar: Iterator[Any] = iter(tqdm(loader, desc="measure", unit="batch", disable=not progress))
+    return bar
+
+
+@contextmanager
+def _left_as_found(model: nn.Module, eval_mode: bool) -> Iterator[None]:
+    """Training flags, buffers and random states are afterwards what they were."""
+    flags = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            if eval_mode:
+                model.eval()
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for module, training in flags:
+            module.training = training
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)

@@ -1,0 +1,141 @@
+"""Pictures of scores over layers and steps, and of matrices: numbers in, uint8 pixels out.
+
+Drawn with Pillow, which TensorBoard brings along, about twice as large as TensorBoard's image cards
+show them, so that they are legible both in the card and at full size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from feature_probe.sinks.canvas import FAINT, TEXT, TITLE, Canvas, fit, text_width
+
+Pixels = NDArray[np.uint8]
+
+WIDTH = 960
+_MARGIN, _GAP = 20, 36
+_LABEL_WIDTH = 300
+_STRIP, _BAR, _BAR_TEXT = 34, 28, 66
+_PLOT_HEIGHT, _ROW_HEIGHT, _MIN_ROWS = 440, 56, 4
+_PANEL, _PANEL_GAP = 440, 40
+
+
+def render_heatmap(
+    values: NDArray[np.float64],
+    *,
+    layers: Sequence[str],
+    steps: Sequence[int],
+    title: str,
+    subtitle: str = "",
+    chance: NDArray[np.float64] | None = None,
+) -> Pixels:
+    """Draw layers × steps on the fixed colour scale [−1, 1]; undefined numbers are grey.
+
+    Args:
+        values: Scores ``[layers, steps]``, NaN where undefined.
+        layers: Row names, drawn from top to bottom; where there is no room for all, every k-th.
+        steps: Step of each column; columns are equally wide.
+        title: First line, large.
+        subtitle: Second line, small.
+        chance: Level expected by chance ``[layers]``, drawn as a strip beside the map.
+
+    Returns:
+        uint8 ``[height, WIDTH, 3]``; one pixel of height a layer beyond 440 layers.
+    """
+    rows = values.shape[0]
+    height = max(min(max(rows, _MIN_ROWS) * _ROW_HEIGHT, _PLOT_HEIGHT), rows)
+    top = _MARGIN + TITLE + (TEXT + 10 if subtitle else 0) + 18
+    bottom = top + height
+    canvas = Canvas(WIDTH, bottom + 2 * TEXT + 50)
+    _heading(canvas, title, subtitle)
+    names = min(max((text_width(name) for name in layers), default=0), _LABEL_WIDTH)
+    bar = WIDTH - _MARGIN - _BAR_TEXT - _BAR
+    strip = bar - _GAP - (0 if chance is None else _STRIP + _GAP)
+    plot = (_MARGIN + names + 16, top, strip, bottom)
+    canvas.numbers(values, plot)
+    canvas.left_ticks(plot, layers, names)
+    canvas.bottom_ticks(plot, [f"{step:,}" for step in steps])
+    canvas.text(((plot[0] + plot[2]) // 2, bottom + TEXT + 22), "training step", anchor="ma")
+    if chance is not None:
+        left = plot[2] + _GAP
+        canvas.numbers(chance[:, None], (left, top, left + _STRIP, bottom))
+        canvas.text((left + _STRIP // 2, bottom + 12), "chance", anchor="ma")
+    canvas.upright_scale((bar, top, bar + _BAR, bottom))
+    if not np.isfinite(values).all():
+        y = bottom + TEXT + 24
+        canvas.swatch((_MARGIN, y, _MARGIN + TEXT, y + TEXT))
+        canvas.text((_MARGIN + TEXT + 10, y), "undefined")
+    return canvas.pixels()
+
+
+def render_matrices(
+    matrices: Mapping[str, NDArray[np.float64]], *, title: str, max_side: int = 64
+) -> Pixels:
+    """Draw matrices side by side, two a row, each on its own colour scale centred at 0.
+
+    Args:
+        matrices: By caption; ``[rows, columns]`` each.
+        title: First line, large.
+        max_side: Larger matrices are reduced to at most this many blocks a side, by block mean.
+
+    Returns:
+        uint8 ``[height, WIDTH, 3]``.
+    """
+    top = _MARGIN + TITLE + TEXT + 28
+    pitch = _PANEL + 2 * TEXT + 52
+    canvas = Canvas(WIDTH, top + math.ceil(len(matrices) / 2) * pitch)
+    sides = {block_side(matrix, max_side) for matrix in matrices.values()}
+    subtitle = "each with its own colour scale"
+    if sides - {1}:
+        blocks = " or ".join(f"{side} x {side}" for side in sorted(sides - {1}))
+        subtitle += f"; a cell is the mean of {blocks} entries"
+    _heading(canvas, title, subtitle)
+    for index, (caption, matrix) in enumerate(matrices.items()):
+        x = _MARGIN + (index % 2) * (_PANEL + _PANEL_GAP)
+        y = top + (index // 2) * pitch
+        canvas.text((x, y), fit(caption, _PANEL))
+        _panel(canvas, (x, y + TEXT + 10), matrix, block_side(matrix, max_side))
+    return canvas.pixels()
+
+
+def block_side(matrix: NDArray[np.float64], max_side: int) -> int:
+    """Side of the square blocks of which at most ``max_side`` cover a side of ``matrix``.
+
+    A divisor up to twice the smallest possible side is preferred: it leaves no odd last block.
+    """
+    smallest = max(1, math.ceil(max(matrix.shape) / max_side))
+    divisors = (s for s in range(smallest, 2 * smallest) if not any(n % s for n in matrix.shape))
+    return next(divisors, smallest)
+
+
+def block_mean(matrix: NDArray[np.float64], side: int) -> NDArray[np.float64]:
+    """Means over blocks of ``side`` × ``side`` entries; the last ones may hold fewer."""
+    starts = [np.arange(0, length, side) for length in matrix.shape]
+    sums = np.add.reduceat(np.add.reduceat(matrix, starts[0], axis=0), starts[1], axis=1)
+    sizes = [np.diff(np.append(s, n)) for s, n in zip(starts, matrix.shape, strict=True)]
+    means: NDArray[np.float64] = sums / np.outer(sizes[0], sizes[1])
+    return means
+
+
+def _heading(canvas: Canvas, title: str, subtitle: str) -> None:
+    width = WIDTH - 2 * _MARGIN
+    canvas.text((_MARGIN, _MARGIN), fit(title, width, TITLE), TITLE)
+    canvas.text((_MARGIN, _MARGIN + TITLE + 10), fit(subtitle, width), colour=FAINT)
+
+
+def _panel(
+    canvas: Canvas, place: tuple[int, int], matrix: NDArray[np.float64], side: int
+) -> None:
+    x, y = place
+    blocks = block_mean(matrix, side)
+    # A last block with fewer entries holds more of the diagonal: it must not set the scale.
+    whole = blocks[: max(1, matrix.shape[0] // side), : max(1, matrix.shape[1] // side)]
+    # A matrix of zeros has no scale of its own; any will do.
+    limit = float(np.abs(whole[np.isfinite(whole)]).max(initial=0.0)) or 1.0
+    canvas.numbers(blocks, (x, y, x + _PANEL, y + _PANEL), limit)
+    below = y + _PANEL + 12
+    canvas.flat_scale((x + _PANEL // 4, below, x + 3 * _PANEL // 4, below + TEXT), limit)

@@ -1,0 +1,412 @@
+"""Brute-force oracle: every matrix and score from its definition, in float64, slow and plain.
+
+Shares no code with feature_probe and imports nothing of it. One example at a time goes through the
+model; a zero perturbation δ is added to the layer's output, so that ∂ℓ_i/∂δ and ∂f_i/∂δ are
+derivatives with respect to the pre-activation z = W h (+ bias) whatever happens to the output
+later; patches are gathered by index arithmetic written out here; ∇_h = Wᵀ∇_z is formed row by row
+and the outer products are added up in the space where the paper defines them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+
+FORWARD_RELATIONS = ("fact", "fact_sym", "nfa", "enfa")
+BACKWARD_RELATIONS = ("bfact", "bfact_sym", "bnfa", "benfa")
+EQUALITIES = ("fact", "bfact", "fact_sym", "bfact_sym")
+RELATIONS = ("fact", "bfact", "fact_sym", "bfact_sym", "nfa", "enfa", "bnfa", "benfa")
+
+#: Eigenvalues at or below this multiple of the block's largest count as zero in a power
+#: (MATH.md §2; 10·eps of float64). Applied to the dense AGOP, eNFA, K and E alike.
+CLAMP = 10 * torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One row per example and position of everything the definitions need.
+
+    Attributes:
+        weight: ``[groups, d_out, d_in]``.
+        h: Layer inputs (patches), ``[n, p, groups, d_in]``; p runs over positions and calls.
+        g: ∂ℓ_i/∂z, ``[n, p, groups, d_out]``.
+        jac: ∂f_i/∂z, ``[n, c, p, groups, d_out]``.
+    """
+
+    weight: Tensor
+    h: Tensor
+    g: Tensor
+    jac: Tensor
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return self.h.shape[0]
+
+    @property
+    def n_rows(self) -> int:
+        """Examples × positions × calls."""
+        return self.h.shape[0] * self.h.shape[1]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a record says, from dense matrices; NaN where undefined."""
+
+    pearson: float
+    cosine: float
+    trace_free_cosine: float
+    chance_cosine: float
+    residual: float
+    scale: float
+
+
+# --------------------------------------------------------------------------- the model's layers
+
+
+def layer_weight(module: nn.Module) -> Tensor:
+    """The weight as ``[groups, d_out, d_in]``; d_in is channel-major, then kernel offsets."""
+    weight = module.weight.detach().clone().double()  # training goes on
+    groups = getattr(module, "groups", 1)
+    return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+
+def source_index(position: int, length: int, mode: str) -> int | None:
+    """Index in the unpadded input that a position of the padded input reads; None for a zero."""
+    if 0 <= position < length:
+        return position
+    if mode == "zeros":
+        return None
+    if mode == "circular":
+        return position % length
+    if mode == "replicate":
+        return min(max(position, 0), length - 1)
+    if mode == "reflect":  # ... 2 1 | 0 1 2 | 1 0 ...
+        period = 2 * (length - 1)
+        folded = position % period
+        return folded if folded < length else period - folded
+    raise AssertionError(mode)
+
+
+def padding_before_after(module: nn.Module, axis: int) -> tuple[int, int]:
+    """Padding before and after along one spatial axis; "same" puts the odd one after."""
+    reach = module.dilation[axis] * (module.kernel_size[axis] - 1)
+    if module.padding == "same":
+        return reach // 2, reach - reach // 2
+    if module.padding == "valid":
+        return 0, 0
+    return module.padding[axis], module.padding[axis]
+
+
+def patches(module: nn.Module, x: Tensor) -> Tensor:
+    """Rows h of a convolution: ``[positions, groups, d_in]`` of one example ``[1, C, *space]``."""
+    space = x.shape[2:]
+    outputs = []
+    for axis, length in enumerate(space):
+        before, after = padding_before_after(module, axis)
+        reach = module.dilation[axis] * (module.kernel_size[axis] - 1)
+        outputs.append((length + before + after - reach - 1) // module.stride[axis] + 1)
+    channels = x.shape[1] // module.groups
+    rows = []
+    for position in product(*(range(size) for size in outputs)):
+        columns = []
+        for offset in product(*(range(size) for size in module.kernel_size)):
+            source = [
+                source_index(
+                    position[axis] * module.stride[axis]
+                    + offset[axis] * module.dilation[axis]
+                    - padding_before_after(module, axis)[0],
+                    length,
+                    module.padding_mode,
+                )
+                for axis, length in enumerate(space)
+            ]
+            inside = all(index is not None for index in source)
+            pixel = x[(0, slice(None), *source)] if inside else x.new_zeros(x.shape[1])
+            columns.append(pixel)
+        row = torch.stack(columns, dim=1)  # [C, kernel offsets]
+        rows.append(row.reshape(module.groups, channels * row.shape[1]))
+    return torch.stack(rows)
+
+
+def input_rows(module: nn.Module, x: Tensor) -> Tensor:
+    """Rows h of one call on one example: ``[positions, groups, d_in]``."""
+    if isinstance(module, nn.Linear):
+        return x.reshape(-1, 1, x.shape[-1])
+    return patches(module, x)
+
+
+def output_rows(module: nn.Module, z: Tensor) -> Tensor:
+    """An array shaped like the layer's output on one example, as ``[positions, groups, d_out]``."""
+    if isinstance(module, nn.Linear):
+        return z.reshape(-1, 1, z.shape[-1])
+    channels_last = z[0].flatten(1).T  # [positions, C_out]
+    return channels_last.reshape(channels_last.shape[0], module.groups, -1)
+
+
+# --------------------------------------------------------------------------- rows, by example
+
+
+def supervised(loss_fn: Callable[[Tensor, Tensor], Tensor]) -> Forward:
+    """The forward of batches (x, y)."""
+
+    def forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        output = model(batch[0])
+        return output, loss_fn(output, batch[1])
+
+    return forward
+
+
+def one_by_one(batch: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """The batch as batches of one example."""
+    return [tuple(part[i : i + 1] for part in batch) for i in range(len(batch[0]))]
+
+
+def collect(
+    model: nn.Module, samples: Sequence[Any], forward: Forward, layers: dict[str, tuple[str, ...]]
+) -> dict[str, Rows]:
+    """Rows of every layer, from one run of the model per sample.
+
+    Args:
+        model: In the mode (train or eval) in which it is to be measured; float64.
+        samples: Batches of one example. A whole batch as the only sample gives the Jacobian of all
+            outputs by all pre-activations, cross terms between examples included.
+        forward: Runs the model on a sample, returns (output, loss).
+        layers: Modules that share one weight, by the layer's name.
+
+    Returns:
+        Rows by layer name; layers that were never called are left out.
+    """
+    found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in layers}
+    for sample in samples:
+        for name, rows in _collect_one(model, sample, forward, layers).items():
+            found[name].append(rows)
+    return {
+        name: Rows(
+            layer_weight(model.get_submodule(modules[0])),
+            *(torch.stack(parts) for parts in zip(*found[name], strict=True)),
+        )
+        for name, modules in layers.items()
+        if found[name]
+    }
+
+
+def _collect_one(
+    model: nn.Module, sample: Any, forward: Forward, layers: dict[str, tuple[str, ...]]
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    calls: dict[str, list[tuple[nn.Module, Tensor, Tensor]]] = {name: [] for name in layers}
+
+    def inject(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            delta = torch.zeros_like(output, requires_grad=True)
+            calls[name].append((module, inputs[0].detach().clone(), delta))
+            return output + delta
+
+        return hook
+
+    handles = [
+        model.get_submodule(module).register_forward_hook(inject(name))
+        for name, modules in layers.items()
+        for module in modules
+    ]
+    try:
+        output, loss = forward(model, sample)
+    finally:
+        for handle in handles:
+            handle.remove()
+    deltas = [delta for name in layers for _, _, delta in calls[name]]
+
+    def gradients(scalar: Tensor) -> dict[str, Tensor]:
+        found = iter(
+            torch.autograd.grad(
+                scalar, deltas, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+        )
+        return {
+            name: torch.cat([output_rows(module, next(found)) for module, _, _ in calls[name]])
+            for name in layers
+            if calls[name]
+        }
+
+    g = gradients(loss)
+    jac = [gradients(entry) for entry in output.reshape(-1)]
+    return {
+        name: (
+            torch.cat([input_rows(module, h) for module, h, _ in calls[name]]),
+            g[name],
+            torch.stack([row[name] for row in jac]),
+        )
+        for name in layers
+        if calls[name]
+    }
+
+
+# --------------------------------------------------------------------------- dense matrices
+
+
+def nfm(rows: Rows) -> Tensor:
+    """WᵀW, block by block: ``[groups, d_in, d_in]``."""
+    return torch.stack([w.T @ w for w in rows.weight])
+
+
+def bnfm(rows: Rows) -> Tensor:
+    """WWᵀ, block by block: ``[groups, d_out, d_out]``."""
+    return torch.stack([w @ w.T for w in rows.weight])
+
+
+def fact(rows: Rows, weight_decay: float, times: float = 1.0) -> Tensor:
+    """FACT = −(1/λn) Σ_i Σ_p (∇_h ℓ_i) h_iᵀ, times B for a summed loss; λ = 0 stands for λ = 1."""
+    blocks = []
+    for b, w in enumerate(rows.weight):
+        nabla = rows.g[:, :, b] @ w  # rows are (∇_h ℓ)ᵀ = gᵀW
+        blocks.append(sum_of_outer(nabla.flatten(0, 1), rows.h[:, :, b].flatten(0, 1)))
+    return -torch.stack(blocks) * times / (rows.n * (weight_decay or 1.0))
+
+
+def bfact(rows: Rows, weight_decay: float, times: float = 1.0) -> Tensor:
+    """BFACT = −(1/λn) Σ_i Σ_p (W h_i)(∇_{Wh} ℓ_i)ᵀ, times B for a summed loss."""
+    blocks = []
+    for b, w in enumerate(rows.weight):
+        z = rows.h[:, :, b] @ w.T
+        blocks.append(sum_of_outer(z.flatten(0, 1), rows.g[:, :, b].flatten(0, 1)))
+    return -torch.stack(blocks) * times / (rows.n * (weight_decay or 1.0))
+
+
+def mean_gradient_square(rows: Rows, of: str, side: str, positions: str = "expand") -> Tensor:
+    """AGOP, eNFA and their backward forms: (1/n) Σ_i Σ_p (∇)(∇)ᵀ.
+
+    Args:
+        rows: The layer's rows.
+        of: "output" (all coordinates of f_i) or "loss".
+        side: "input" for ∇_h = Wᵀ∇_z, "output" for ∇_z.
+        positions: "expand" sums outer products over positions; "reduce" sums the gradients of one
+            example over positions (and calls) first.
+    """
+    gradient = rows.jac if of == "output" else rows.g.unsqueeze(1)  # [n, c, p, groups, d_out]
+    if positions == "reduce":
+        gradient = gradient.sum(dim=2, keepdim=True)
+    blocks = []
+    for b, w in enumerate(rows.weight):
+        nabla = gradient[..., b, :]
+        nabla = nabla @ w if side == "input" else nabla
+        nabla = nabla.flatten(0, 2)
+        blocks.append(sum_of_outer(nabla, nabla))
+    return torch.stack(blocks) / rows.n
+
+
+def sum_of_outer(a: Tensor, b: Tensor) -> Tensor:
+    """Σ_r a_r b_rᵀ."""
+    return torch.einsum("ri,rj->ij", a, b)
+
+
+def kept_eigenvalues(blocks: Tensor) -> int:
+    """Number of eigenvalues above the clamp, all blocks together."""
+    values = torch.linalg.eigvalsh(blocks)
+    return int((values > CLAMP * values[:, -1:]).sum())
+
+
+def matrix_power(blocks: Tensor, power: float) -> Tensor:
+    """Power of symmetric PSD blocks; eigenvalues ≤ CLAMP · largest are dropped."""
+    values, vectors = torch.linalg.eigh(blocks)
+    kept = values > CLAMP * values[:, -1:]
+    powers = torch.where(kept, values.clamp_min(0) ** power, torch.zeros_like(values))
+    return torch.einsum("bik,bk,bjk->bij", vectors, powers, vectors)
+
+
+def left_polar(blocks: Tensor) -> Tensor:
+    """√(X Xᵀ) = U S Uᵀ where X = U S Vᵀ."""
+    u, s, _ = torch.linalg.svd(blocks)
+    return torch.einsum("bik,bk,bjk->bij", u, s, u)
+
+
+def prediction(
+    rows: Rows,
+    relation: str,
+    power: float | None = None,
+    *,
+    weight_decay: float = 1.0,
+    positions: str = "expand",
+    times: float = 1.0,
+) -> Tensor:
+    """What the relation predicts for WᵀW (or WWᵀ): ``[groups, d, d]``."""
+    if relation in ("fact", "fact_sym"):
+        x = fact(rows, weight_decay, times)
+        return x if relation == "fact" else left_polar(x)
+    if relation in ("bfact", "bfact_sym"):
+        x = bfact(rows, weight_decay, times)
+        return x if relation == "bfact" else left_polar(x)
+    of = "output" if relation in ("nfa", "bnfa") else "loss"
+    side = "input" if relation in ("nfa", "enfa") else "output"
+    blocks = mean_gradient_square(rows, of, side, positions)
+    return blocks if power in (None, 1.0) else matrix_power(blocks, float(power))
+
+
+def claimed(rows: Rows, relation: str) -> Tensor:
+    """The side of the relation that is the weight's: WᵀW or WWᵀ."""
+    return bnfm(rows) if relation in BACKWARD_RELATIONS else nfm(rows)
+
+
+# --------------------------------------------------------------------------- scores
+
+
+def _ratio(numerator: Tensor, denominator: Tensor, size: Tensor) -> float:
+    """The quotient, NaN where the denominator is zero to rounding (``size`` says on what scale)."""
+    if not denominator > 1e-12 * size:
+        return math.nan
+    return float(numerator / denominator)
+
+
+def scores(a: Tensor, x: Tensor, *, equality: bool, weight_decay: float) -> Scores:
+    """Scores of the prediction ``x`` against ``a``, over the entries inside the blocks."""
+    d = a.shape[-1]
+    norm = a.norm() * x.norm()
+    inner = (a * x).sum()
+    a0, x0 = a - a.mean(), x - x.mean()
+    eye = torch.eye(d, dtype=a.dtype)
+    trace_a, trace_x = (m.diagonal(dim1=-2, dim2=-1).sum(-1) for m in (a, x))
+    a1, x1 = (m - (t / d)[:, None, None] * eye for m, t in ((a, trace_a), (x, trace_x)))
+    with_decay = equality and weight_decay > 0
+    return Scores(
+        pearson=_ratio((a0 * x0).sum(), a0.norm() * x0.norm(), norm),
+        cosine=_ratio(inner, norm, norm),
+        trace_free_cosine=_ratio((a1 * x1).sum(), a1.norm() * x1.norm(), norm),
+        chance_cosine=_ratio((trace_a * trace_x / d).sum(), norm, norm),
+        residual=float((x - a).norm() / a.norm()) if with_decay else math.nan,
+        scale=math.nan if equality else float(inner / (x * x).sum()),
+    )
+
+
+def shared_weight_cosine(w: Tensor, k_matrix: Tensor) -> float:
+    """MATH.md §3, s = 1, one block: cosine of WᵀW and WᵀQKQᵀW for a random rotation Q."""
+    gram = w @ w.T
+    k = gram.shape[0]
+    if k == 1:
+        return math.nan
+    tr_k, tr_k2 = k_matrix.trace(), (k_matrix @ k_matrix).trace()
+    tr_l, tr_l2 = gram.trace(), (gram @ gram).trace()
+    b = (k * tr_k2 - tr_k**2) / (k * (k - 1) * (k + 2))
+    a = (tr_k**2 - 2 * k * b) / k**2
+    squared_norm = a * tr_l2 + b * (tr_l2 + tr_l**2)
+    return float(tr_k / k * tr_l2 / (tr_l2 * squared_norm).sqrt())
+
+
+def rotated_cosines(w: Tensor, k_matrix: Tensor, power: float, draws: int, seed: int) -> Tensor:
+    """cos(WᵀW, (WᵀQKQᵀW)ˢ) for random rotations Q."""
+    generator = torch.Generator().manual_seed(seed)
+    values = []
+    for _ in range(draws):
+        gaussian = torch.randn(k_matrix.shape, generator=generator, dtype=w.dtype)
+        q, r = torch.linalg.qr(gaussian)
+        q = q * r.diagonal().sign()
+        x = matrix_power((w.T @ q @ k_matrix @ q.T @ w)[None], power)[0]
+        a = w.T @ w
+        values.append(float((a * x).sum() / (a.norm() * x.norm())))
+    return torch.tensor(values)
