@@ -57,10 +57,10 @@ class Assembler:
             window: The sums; their tensors become the report's.
             step: Optimizer steps taken before the weights as they stand now.
             settings: What the report says about how it was measured.
-            keep: Whether the report's matrices must outlive the next optimizer step.
+            keep: Whether the report holds the matrices, with a copy of the weights.
         """
         records: list[Record] = []
-        kept: dict[str, LayerStatistics] = {}
+        statistics_by_layer: dict[str, LayerStatistics] = {}
         for index, target in enumerate(self.targets):
             statistics = self._statistics(index, window, keep)
             facts = LayerFacts(
@@ -71,9 +71,9 @@ class Assembler:
                 premises=self._premises(index, statistics),
             )
             records += score_layer(facts, statistics, self.relations, self.powers)
-            kept[target.name] = statistics
-        coverage = self._coverage(list(kept.values()))
-        return Report(step, records, coverage, settings, kept)
+            statistics_by_layer[target.name] = statistics
+        coverage = self._coverage(list(statistics_by_layer.values()))
+        return Report(step, records, coverage, settings, statistics_by_layer if keep else {})
 
     def _statistics(self, index: int, window: Window, copy: bool) -> LayerStatistics:
         target, moments = self.targets[index], window.layers[index]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -82,8 +81,8 @@ class FeatureProbe:
         log_dir: Folder for TensorBoard event files and ``feature_probe.jsonl``.
         writer: The user's own ``SummaryWriter`` instead; it is flushed but not closed.
         sinks: More places to write reports to (:class:`feature_probe.sinks.Sink`).
-        keep_matrices: Keep W and the sums with :attr:`report`, so that ``report.matrix`` works, at
-            the memory that :meth:`estimate` names.
+        keep_matrices: Keep a copy of W and the sums with every report, so that ``report.matrix``
+            and matrix pictures work, at about the memory that :meth:`estimate` names.
         max_dim: Layers with more output rows per group get no K and E (FACT and bFACT only).
         max_outputs: Most output coordinates that jacobian="exact" accepts.
         seed: Seed of the random signs.
@@ -291,7 +290,7 @@ class FeatureProbe:
             self._steps_in_window += 1
         due = self._due(self._step)
         if due:
-            self._report()
+            self._guard("making a report", self._report)
         if due or not self._due_soon():
             self._window = Window.empty(self._targets)
             self._steps_in_window = 0
@@ -327,7 +326,7 @@ class FeatureProbe:
             self._guard(f"writing to {type(sink).__name__}", sink.write, report)
         if self.report is None:
             self._tell_gaps(report)
-        self.report = report if self._keep else dataclasses.replace(report, statistics={})
+        self.report = report
 
     def _tell_gaps(self, report: Report) -> None:
         if report.coverage.gaps():

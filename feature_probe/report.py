@@ -92,6 +92,12 @@ class Record:
         """The relation and its power, e.g. ``nfa^0.5``."""
         return RELATIONS[self.relation].label(self.power)
 
+    @property
+    def level_by_chance(self) -> float:
+        """The cosine to judge this one by: with random eigenvectors of K or E, else rotated."""
+        shared = self.shared_weight_cosine
+        return self.chance_cosine if math.isnan(shared) else shared
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data; NaN becomes None, so that it is valid JSON."""
         data = {entry.name: getattr(self, entry.name) for entry in fields(self)}
@@ -200,7 +206,13 @@ class Report:
         return dense[0] if dense.shape[0] == 1 else dense
 
     def table(self, score: str = "cosine") -> str:
-        """A text table, layers by relations, of one score."""
+        """A text table, layers by relations, of one score; a cosine with its level by chance.
+
+        Raises:
+            ConfigurationError: if a record has no such score.
+        """
+        if score not in _FLOATS:
+            raise ConfigurationError(f"unknown score {score!r}; choose from {', '.join(_FLOATS)}")
         header = ["layer", *self.labels]
         cells = {(record.layer, record.label): record for record in self.records}
         rows = [
@@ -220,7 +232,10 @@ class Report:
         return [_note(text, list(layers), len(self.layers)) for text, layers in found.items()]
 
     def __str__(self) -> str:
-        title = f"step {self.step}: cosine with the weight's Gram matrix (1 = full agreement)"
+        title = (
+            f"step {self.step}: cosine with the weight's Gram matrix, 1 = full agreement "
+            "(in brackets the level by chance)"
+        )
         return "\n".join([title, self.table(), *self.notes(), str(self.coverage)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -257,7 +272,9 @@ def _cell(record: Record | None, score: str) -> str:
     if record is None:
         return ""
     value = float(getattr(record, score))
-    return "-" if math.isnan(value) else f"{value:.3f}"
+    if math.isnan(value):
+        return "-"
+    return f"{value:.3f}" + (f" ({record.level_by_chance:.2f})" if score == "cosine" else "")
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:

@@ -16,6 +16,9 @@ import pytest
 import torch
 from data.make_mnist_small import balanced_subset
 from mnist import load_mnist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import feature_probe
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 LAYERS = ["1", "3", "5", "7"]
@@ -101,7 +104,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     done = subprocess.run(
         [sys.executable, "-W", "error", "quickstart.py", "--fast", "--log-dir", str(logs)],
         cwd=EXAMPLES,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(Path(feature_probe.__file__).parents[1])},
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -127,10 +130,25 @@ def test_quickstart_says_how_to_go_on(quickstart: tuple[str, Path]) -> None:
 
 
 def test_quickstart_writes_json_lines(quickstart: tuple[str, Path]) -> None:
-    """The JSON lines hold the reports of the run: all steps, all layers, finite cosines."""
+    """The JSON lines hold every record of the run: all steps, all layers, finite cosines."""
     lines = (quickstart[1] / "feature_probe.jsonl").read_text(encoding="utf-8").splitlines()
-    reports = [data for data in map(json.loads, lines) if "records" in data]
-    assert [report["step"] for report in reports] == [0, 20, 40]
-    for report in reports:
-        assert list(dict.fromkeys(record["layer"] for record in report["records"])) == LAYERS
-        assert all(math.isfinite(record["cosine"]) for record in report["records"])
+    records = [json.loads(line) for line in lines]
+    relations = {(record["relation"], record["power"]) for record in records}
+    assert {name for name, _ in relations} == {"fact", "bfact", "nfa", "enfa"}
+    seen = [(r["step"], r["layer"], r["relation"], r["power"]) for r in records]
+    assert len(set(seen)) == len(seen) == 3 * len(LAYERS) * len(relations)
+    assert {record["step"] for record in records} == {0, 20, 40}
+    assert {record["layer"] for record in records} == set(LAYERS)
+    assert all(math.isfinite(record["cosine"]) for record in records)
+
+
+def test_quickstart_writes_event_files(quickstart: tuple[str, Path]) -> None:
+    """TensorBoard reads back a curve of finite numbers and a picture for every relation."""
+    events = EventAccumulator(str(quickstart[1])).Reload()
+    tags = events.Tags()
+    for label in ("fact", "bfact", "nfa^0.5", "nfa^1", "enfa^0.5", "enfa^1"):
+        curve = events.Scalars(f"feature_probe/cosine_median/{label}")
+        assert [event.step for event in curve] == [0, 20, 40]
+        assert all(math.isfinite(event.value) for event in curve)
+        assert [tag for tag in tags["images"] if tag.endswith(f"/{label}")], f"no {label} picture"
+    assert [tag for tag in tags["tensors"] if "summary" in tag]

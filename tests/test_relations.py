@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -226,10 +227,8 @@ def nearly_stationary(shape: tuple[int, int, int], distance: float) -> LayerStat
 
 @pytest.mark.parametrize("relation", ["fact", "bfact"])
 @pytest.mark.parametrize("shape", [(1, 8, 20), (1, 20, 8), (3, 4, 6)], ids=str)
-def test_a_residual_of_1e_minus_11_is_right(
-    shape: tuple[int, int, int], relation: str
-) -> None:
-    """Near stationarity the residual is right to 1 %; through inner products it floors at 1e-8."""
+def test_a_residual_of_1e_minus_11_is_right(shape: tuple[int, int, int], relation: str) -> None:
+    """Near stationarity the residual is right to 1 %; through inner products it is 0 or 1e-8."""
     given = nearly_stationary(shape, 1e-11)
     w, g = given.weight, given.gradient
     assert g is not None
@@ -242,7 +241,7 @@ def test_a_residual_of_1e_minus_11_is_right(
     a, x = matrices.gram(RELATIONS[relation]), matrices.prediction(RELATIONS[relation], None)
     squared = a.squared_norm() - 2 * a.inner(x) + x.squared_norm()
     naive = math.sqrt(abs(float(squared)) / float(a.squared_norm()))
-    assert abs(naive - expected) > 10 * expected
+    assert abs(naive - expected) > 0.9 * expected
 
 
 @pytest.mark.parametrize("relation", ["fact_sym", "bfact_sym"])
@@ -419,7 +418,7 @@ def balanced_net(widths: tuple[int, ...]) -> nn.Sequential:
     singular = torch.linspace(0.5, 1.5, rank, dtype=torch.float64)
     frames = [torch.linalg.qr(normal(width, rank, seed=i)).Q for i, width in enumerate(widths)]
     layers = []
-    for below, above in zip(frames, frames[1:], strict=False):
+    for below, above in pairwise(frames):
         layer = nn.Linear(len(below), len(above), bias=False).double()
         with torch.no_grad():
             layer.weight.copy_(above @ torch.diag(singular) @ below.T)
@@ -461,7 +460,7 @@ def test_independent_gaussian_grams(k: int, d: int) -> None:
 
 
 def test_trace_of_fact_through_measure() -> None:
-    """tr FACT = tr bFACT = −⟨W, G⟩/λ with G by plain autograd (MATH §12)."""
+    """The traces of FACT and bFACT are −⟨W, G⟩/λ, G by plain autograd (MATH §12)."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
     x, y = normal(8, 4), normal(8, 2, seed=1)
@@ -471,7 +470,7 @@ def test_trace_of_fact_through_measure() -> None:
     nn.MSELoss()(model(x), y).backward()
     for name in ("0", "2"):
         weight = model.get_submodule(name).weight
-        expected = -float((weight * weight.grad).sum()) / LAMBDA
+        expected = -float((weight.detach() * weight.grad).sum()) / LAMBDA
         for kind in ("fact", "bfact"):
             assert math.isclose(float(report.matrix(name, kind).trace()), expected, rel_tol=1e-10)
         ratio = expected / float(weight.detach().square().sum())

@@ -846,6 +846,47 @@ def test_layers_beside_an_unused_one_are_right() -> None:
     right_or_a_reason(report, rows, [(layer, r) for layer in rows for r in oracle.RELATIONS])
 
 
+class Gated(nn.Module):
+    """A branch behind a gate that starts at zero, as the residual branches of timm's ResNets do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(4, 3)
+        self.branch = nn.Linear(4, 3)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.trunk(x) + self.gate * self.branch(x)
+
+
+def test_a_gradient_that_is_zero_is_not_a_missing_one() -> None:
+    """Behind a closed gate G, K and E are zero: NaN, the status says zero, coverage is full."""
+    problem = build(Case(Gated, (4,)))
+    rows = problem.rows()
+    report = exactly(problem, [(problem.x, problem.y)])
+    for record in report.select("branch"):
+        assert "zero" in record.status, record
+        assert math.isnan(record.cosine), record
+        assert record.n_rows == N
+    for relation in oracle.RELATIONS:
+        assert_matrices_agree(report, "trunk", rows["trunk"], relation, weight_decay=LAMBDA)
+    assert report.coverage.share() == 1.0
+
+
+def test_reduced_positions_without_an_example_axis_are_refused_by_status() -> None:
+    """Where [n·s, d] hides the examples, "reduce" gives NaN with a reason; FACT is as ever."""
+    _, rows = solved("linear folded [n*s,d]")
+    report = measured("linear folded [n*s,d]", "reduce")
+    for record in report.select("inner"):
+        if record.relation in oracle.EQUALITIES:
+            assert record.status == "ok", record
+        else:
+            assert "reduce" in record.status, record
+            assert math.isnan(record.cosine), record
+    for relation in oracle.EQUALITIES:
+        assert_matrices_agree(report, "inner", rows["inner"], relation, weight_decay=LAMBDA)
+
+
 # --------------------------------------------------------------------------- in the loop
 
 LOOP_CASES = [

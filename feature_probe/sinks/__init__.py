@@ -1,15 +1,8 @@
-"""TEMPORARY placeholder by the lead so that the package imports; the sinks helper replaces it."""
+"""Where reports go: TensorBoard, a file of JSON lines, a text stream, or any :class:`Sink`."""
 
 from feature_probe.sinks.base import Sink
+from feature_probe.sinks.console import ConsoleSink
+from feature_probe.sinks.jsonl import JSONLSink
+from feature_probe.sinks.tensorboard import TensorBoardSink
 
-
-class TensorBoardSink:
-    def __init__(self, log_dir=None, *, writer=None): ...
-    def write(self, report): ...
-    def close(self): ...
-
-
-class JSONLSink(TensorBoardSink): ...
-
-
-__all__ = ["JSONLSink", "Sink", "TensorBoardSink"]
+__all__ = ["ConsoleSink", "JSONLSink", "Sink", "TensorBoardSink"]

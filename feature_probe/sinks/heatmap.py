@@ -127,9 +127,7 @@ def _heading(canvas: Canvas, title: str, subtitle: str) -> None:
     canvas.text((_MARGIN, _MARGIN + TITLE + 10), fit(subtitle, width), colour=FAINT)
 
 
-def _panel(
-    canvas: Canvas, place: tuple[int, int], matrix: NDArray[np.float64], side: int
-) -> None:
+def _panel(canvas: Canvas, place: tuple[int, int], matrix: NDArray[np.float64], side: int) -> None:
     x, y = place
     blocks = block_mean(matrix, side)
     # A last block with fewer entries holds more of the diagonal: it must not set the scale.

@@ -1,4 +1,4 @@
-"""What a picture over time is drawn from: every layer's score over the reports, in bounded memory."""
+"""What a picture over time is drawn from: layers' scores over the reports, in bounded memory."""
 
 from __future__ import annotations
 

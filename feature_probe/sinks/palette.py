@@ -76,4 +76,5 @@ def _arm(nodes: tuple[tuple[float, float, float], ...]) -> NDArray[np.float64]:
 def _to_srgb(oklab: NDArray[np.float64]) -> NDArray[np.uint8]:
     linear = np.clip((oklab @ _TO_LMS.T) ** 3 @ _TO_LINEAR.T, 0.0, 1.0)
     encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    return np.rint(encoded * 255).astype(np.uint8)
+    colours: NDArray[np.uint8] = np.rint(encoded * 255).astype(np.uint8)
+    return colours

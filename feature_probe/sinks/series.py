@@ -1,0 +1,170 @@
+"""Numbers over layers as TensorBoard series: tags, percentiles, histogram bins, the chart layout.
+
+Tags: only the first path segment groups cards in TensorBoard, so the few series a reader starts
+with (medians) stand in ``feature_probe``, what the charts need beside them in
+``feature_probe_bands``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from feature_probe.relations import RELATIONS
+from feature_probe.report import Record, Report
+from feature_probe.sinks.wording import SCORE_NAMES, chance_level, layer_name
+
+ROOT = "feature_probe"
+STATIONARITY = "stationarity"
+TRACE_FREE = "trace_free_cosine"
+_BINS = 40
+Layout = dict[str, dict[str, list[str | list[str]]]]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts in linear bins, as ``SummaryWriter.add_histogram_raw`` takes them."""
+
+    low: float
+    high: float
+    count: int
+    total: float
+    squares: float
+    limits: list[float]
+    counts: list[int]
+
+
+def median_tag(quantity: str, label: str = "") -> str:
+    """Tag of the median over layers of a score of one relation, or of a quantity of the layers."""
+    return "/".join(part for part in (ROOT, f"{quantity}_median", label) if part)
+
+
+def band_tag(quantity: str, label: str, end: str) -> str:
+    """Tag of one of the other levels over layers: ``end`` is p10, p90 or chance."""
+    return "/".join(part for part in (f"{ROOT}_bands", quantity, label, end) if part)
+
+
+def layer_tag(record: Record, score: str) -> str:
+    """Tag of one layer's score; a slash in a name would open a group of its own."""
+    return f"{ROOT}.{layer_name(record.layer).replace('/', '.')}/{record.label}_{score}"
+
+
+def charted_scores(score: str) -> tuple[str, ...]:
+    """The scores that get series: the chosen one, and the one that near-identities do not raise."""
+    return tuple(dict.fromkeys((score, TRACE_FREE)))
+
+
+def by_label(report: Report) -> dict[str, list[Record]]:
+    """The records of each relation and power, layers in model order."""
+    found: dict[str, list[Record]] = {label: [] for label in report.labels}
+    for record in report.records:
+        found[record.label].append(record)
+    return found
+
+
+def band_scalars(report: Report, score: str) -> dict[str, float]:
+    """Percentiles over layers by tag; what is undefined in every layer has no entry."""
+    scalars: dict[str, float] = {}
+    for label, records in by_label(report).items():
+        for charted in charted_scores(score):
+            values = [float(getattr(record, charted)) for record in records]
+            scalars |= _band(charted, label, values)
+        if score == "cosine":
+            levels = defined([chance_level(record) for record in records])
+            if levels.size:
+                scalars[band_tag(score, label, "chance")] = float(np.median(levels))
+    layers = {record.layer: record.stationarity for record in report.records}
+    return scalars | _band(STATIONARITY, "", list(layers.values()))
+
+
+def layer_scalars(report: Report, score: str) -> dict[str, float]:
+    """Every layer's defined scores by tag."""
+    scores = {layer_tag(record, score): float(getattr(record, score)) for record in report.records}
+    return {tag: value for tag, value in scores.items() if np.isfinite(value)}
+
+
+def histogram(values: Sequence[float]) -> Histogram | None:
+    """Defined scores in linear bins of 0.05 on [−1, 1], the same at every step; None without any.
+
+    TensorBoard draws the outermost bins from ``low`` and to ``high``: these are the smallest and
+    the largest score, widened to their bin where they are one.
+    """
+    scores = np.clip(defined(values), -1.0, 1.0)
+    if not scores.size:
+        return None
+    counts, edges = np.histogram(scores, bins=_BINS, range=(-1.0, 1.0))
+    low, high = float(scores.min()), float(scores.max())
+    if low == high:
+        only = int(counts.argmax())
+        low, high = float(edges[only]), float(edges[only + 1])
+    return Histogram(
+        low, high, scores.size, float(scores.sum()), float((scores**2).sum()),
+        [float(edge) for edge in edges[1:]], [int(count) for count in counts],
+    )  # fmt: skip
+
+
+def custom_scalars_layout(labels: Sequence[str], score: str = "cosine") -> Layout:
+    """The Custom Scalars page, for ``SummaryWriter.add_custom_scalars``.
+
+    A run has one such page: whoever has one already merges the two dictionaries and writes the
+    result, with ``TensorBoardSink(..., layout=False)``.
+    """
+    layout: Layout = {}
+    multiline: dict[str, list[str | list[str]]] = {}
+    for side, gram in (("forward", "W^T W"), ("backward", "W W^T")):
+        tags = [
+            f"^{re.escape(median_tag(score, label))}$"
+            for label in labels
+            if RELATIONS[label.partition("^")[0]].side == side
+        ]
+        if len(tags) > 1:
+            multiline[f"accounts of {gram}: median {SCORE_NAMES[score]} over layers"] = [
+                "Multiline", tags,
+            ]  # fmt: skip
+    if multiline:
+        layout[f"{ROOT}: which account agrees best?"] = multiline
+    for charted in charted_scores(score):
+        title = f"{ROOT}: {SCORE_NAMES[charted]}, median over layers and 10-90 % band"
+        layout[title] = {label: _margin(charted, label) for label in reversed(labels)}
+    if score == "cosine":
+        layout[f"{ROOT}: median cosine, and the level that chance alone would give"] = {
+            f"{label}: cosine and chance": [
+                "Multiline",
+                [
+                    f"^{re.escape(tag)}$"
+                    for tag in (median_tag(score, label), band_tag(score, label, "chance"))
+                ],
+            ]
+            for label in labels
+        }
+    layout[f"{ROOT}: |decay*W + G| / |decay*W| (0 = stationary, where FACT must hold)"] = {
+        STATIONARITY: _margin(STATIONARITY, "")
+    }
+    return layout
+
+
+def defined(values: Sequence[float]) -> NDArray[np.float64]:
+    """The finite ones among ``values``."""
+    array = np.asarray(values, dtype=np.float64)
+    return array[np.isfinite(array)]
+
+
+def _margin(quantity: str, label: str) -> list[str | list[str]]:
+    ends = [band_tag(quantity, label, end) for end in ("p10", "p90")]
+    return ["Margin", [median_tag(quantity, label), *ends]]
+
+
+def _band(quantity: str, label: str, values: Sequence[float]) -> dict[str, float]:
+    known = defined(values)
+    if not known.size:
+        return {}
+    low, middle, high = (float(x) for x in np.percentile(known, (10, 50, 90)))
+    return {
+        median_tag(quantity, label): middle,
+        band_tag(quantity, label, "p10"): low,
+        band_tag(quantity, label, "p90"): high,
+    }

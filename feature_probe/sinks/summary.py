@@ -1,0 +1,119 @@
+"""A report as Markdown for a reader who has never heard of any of this."""
+
+from __future__ import annotations
+
+import math
+
+from feature_probe.relations import RELATIONS
+from feature_probe.report import Record, Report
+from feature_probe.sinks.series import by_label, defined
+from feature_probe.sinks.wording import SCORE_NAMES, chance_level, layer_name
+
+_BRACKETS = (
+    " In brackets: the cosine that chance alone would give, because two matrices with only "
+    "positive eigenvalues never have a cosine near 0. A cosine means agreement only where it is "
+    "well above its bracket."
+)
+_STATIONARITY = "‖λW+G‖/‖λW‖"
+
+
+def summary_markdown(report: Report, score: str = "cosine") -> str:
+    """The table layers × relations, what each number means, notes and coverage."""
+    parts = [
+        f"## Step {report.step:,}: do the layers learn features, and by which account?",
+        _introduction(score),
+        _scores(report, score),
+        "### What the columns compare",
+        _columns(report),
+        *_listed("### Notes", report.notes()),
+        *_listed("### Coverage of the model's weight matrices", str(report.coverage).splitlines()),
+        *_listed("### How it was measured", [f"{k}: {v}" for k, v in report.settings.items()]),
+    ]
+    return "\n\n".join(parts)
+
+
+def _introduction(score: str) -> str:
+    return (
+        "Each account of feature learning says that a layer's WᵀW (or WWᵀ), made of its weights "
+        "W alone, comes to agree with another matrix, made of data and gradients. The numbers are "
+        f"the {SCORE_NAMES[score]} of the two: **1** the same up to a factor, **0** unrelated, "
+        "negative: opposed."
+        + (_BRACKETS if score == "cosine" else "")
+        + " A dash is an undefined number: see the notes."
+    )
+
+
+def _scores(report: Report, score: str) -> str:
+    cells = {(record.layer, record.label): record for record in report.records}
+    stationarity = {record.layer: record.stationarity for record in report.records}
+    is_decayed = bool(defined(list(stationarity.values())).size)
+    rows = [["layer", *report.labels, *([_STATIONARITY] if is_decayed else [])]]
+    for layer in report.layers:
+        row = [_cell(cells.get((layer, label)), score) for label in report.labels]
+        last = [_number(stationarity[layer], ".3g")] if is_decayed else []
+        rows.append([f"`{layer_name(layer)}`", *row, *last])
+    medians = [
+        _middle([float(getattr(record, score)) for record in records])
+        for records in by_label(report).values()
+    ]
+    last = [_middle(list(stationarity.values()), ".3g")] if is_decayed else []
+    return _table([*rows, ["**median**", *medians, *last]], "right")
+
+
+def _columns(report: Report) -> str:
+    rows = [["column", "says that", "where chance is", "source"]]
+    for label, records in by_label(report).items():
+        relation = RELATIONS[records[0].relation]
+        power = "" if records[0].power is None else f", s = {records[0].power:g}"
+        shared = relation.name in ("nfa", "enfa")
+        chance = "the same W with random eigenvectors of the other factor" if shared else (
+            "a random rotation of one of the two"
+        )  # fmt: skip
+        rows.append([label, f"{relation.equation}{power}", chance, relation.source])
+    rows.append(
+        [
+            _STATIONARITY,
+            "0 at a stationary point of the loss with weight decay λ, where FACT and bFACT must "
+            "hold; G is the gradient of the loss without decay",
+            "",
+            "",
+        ]
+    )
+    return _table(rows, "left")
+
+
+def _cell(record: Record | None, score: str) -> str:
+    if record is None:
+        return ""
+    value = float(getattr(record, score))
+    chance = chance_level(record) if score == "cosine" else math.nan
+    bracket = f" ({chance:.2f})" if math.isfinite(chance) and math.isfinite(value) else ""
+    return _number(value, ".3f") + bracket
+
+
+def _number(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "-"
+
+
+def _middle(values: list[float], form: str = ".3f") -> str:
+    known = sorted(defined(values))
+    if not known:
+        return "-"
+    middle = len(known) // 2
+    return format((known[middle] + known[~middle]) / 2, form)
+
+
+def _table(rows: list[list[str]], alignment: str) -> str:
+    rule = ["---", *("---:" if alignment == "right" else "---" for _ in rows[0][1:])]
+    return "\n".join(
+        f"| {' | '.join(_escape(c) for c in row)} |" for row in (rows[0], rule, *rows[1:])
+    )
+
+
+def _listed(title: str, lines: list[str]) -> list[str]:
+    return [title, "\n".join(f"- {_escape(line.strip())}" for line in lines)] if lines else []
+
+
+def _escape(text: str) -> str:
+    """Keep a cell a cell: a bar would end it, a line break the table."""
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,55 @@
+"""The words for relations and scores that every chart, picture and table shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from feature_probe.relations import RELATIONS, Relation
+from feature_probe.report import Record
+
+#: What each relation predicts, in ASCII for pictures; the power is appended.
+PREDICTIONS: Mapping[str, str] = {
+    "fact": "FACT",
+    "fact_sym": "sqrt(FACT FACT^T)",
+    "bfact": "bFACT",
+    "bfact_sym": "sqrt(bFACT bFACT^T)",
+    "nfa": "AGOP",
+    "enfa": "eNFA",
+    "bnfa": "bAGOP",
+    "benfa": "beNFA",
+}
+#: What each score is called in prose.
+SCORE_NAMES: Mapping[str, str] = {
+    "pearson": "Pearson's r",
+    "cosine": "cosine",
+    "trace_free_cosine": "trace-free cosine",
+}
+#: Relations whose chance level is the one with the same W: theirs share W on both sides.
+_SHARED_WEIGHT = ("nfa", "enfa")
+
+
+def gram_name(relation: Relation) -> str:
+    """The weight's side of the comparison, in ASCII."""
+    return "W^T W" if relation.side == "forward" else "W W^T"
+
+
+def question(record: Record) -> str:
+    """What the record's number answers, e.g. "nfa^0.5: do W^T W and AGOP^0.5 agree?"."""
+    relation = RELATIONS[record.relation]
+    power = "" if record.power is None else f"^{record.power:g}"
+    prediction = PREDICTIONS[record.relation] + power
+    return f"{record.label}: do {gram_name(relation)} and {prediction} agree?"
+
+
+def chance_level(record: Record) -> float:
+    """The cosine that chance alone would give, the level "not aligned" is judged against.
+
+    nfa, enfa: with the same W and random eigenvectors of K or E; else under a random rotation.
+    """
+    shared = record.relation in _SHARED_WEIGHT
+    return record.shared_weight_cosine if shared else record.chance_cosine
+
+
+def layer_name(layer: str) -> str:
+    """The layer's name for readers; the model itself has none."""
+    return layer or "(model)"

@@ -1,0 +1,384 @@
+"""Reports: lookup, tables, matrices and the way to JSON and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from feature_probe import (
+    RELATIONS,
+    ConfigurationError,
+    Coverage,
+    FeatureProbe,
+    FeatureProbeError,
+    NotMeasuredError,
+    Record,
+    Report,
+    measure,
+)
+
+LAMBDA = 0.05
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def network() -> nn.Sequential:
+    """A grouped convolution, a Linear and a head with one output, so that some numbers are NaN."""
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv1d(2, 4, 3, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 5), nn.Tanh(),
+        nn.Linear(5, 1),
+    ).double()  # fmt: skip
+
+
+BATCH = (normal(6, 2, 4), normal(6, 1, seed=1))
+
+
+def make_report(**options: Any) -> Report:
+    """All relations of the network by `measure`."""
+    settings: dict[str, Any] = {
+        "relations": RELATIONS,
+        "powers": (0.5, 1.0),
+        "weight_decay": LAMBDA,
+        "progress": False,
+        "step": 17,
+        **options,
+    }
+    return measure(network(), [BATCH], F.mse_loss, **settings)
+
+
+def same(a: Record, b: Record) -> bool:
+    """Equal field by field, NaN equal to NaN."""
+    for entry in dataclasses.fields(Record):
+        one, two = getattr(a, entry.name), getattr(b, entry.name)
+        both_nan = isinstance(one, float) and isinstance(two, float) and one != one and two != two
+        if not both_nan and (one != two or type(one) is not type(two)):
+            return False
+    return True
+
+
+def record(**changes: Any) -> Record:
+    """A record of round numbers."""
+    values: dict[str, Any] = {
+        "layer": "fc",
+        "relation": "nfa",
+        "power": 0.5,
+        "step": 3,
+        "pearson": 0.25,
+        "cosine": 0.5,
+        "trace_free_cosine": 0.125,
+        "chance_cosine": 0.1,
+        "shared_weight_cosine": 0.2,
+        "residual": math.nan,
+        "scale": 2.0,
+        "weight_decay": 0.1,
+        "stationarity": math.nan,
+        "decay_ratio": math.nan,
+        "cosine_low": math.nan,
+        "cosine_high": math.nan,
+        "premise": "",
+        "n_examples": 4,
+        "n_rows": 8,
+        "n_kept": 2,
+        "status": "ok",
+    }
+    return Record(**(values | changes))
+
+
+# --------------------------------------------------------------------------- data
+
+
+def test_report_round_trip() -> None:
+    """`to_dict` is strict JSON; `from_dict` gives the records, coverage and settings back."""
+    report = make_report()
+    text = json.dumps(report.to_dict(), allow_nan=False)
+    back = Report.from_dict(json.loads(text))
+    assert back.step == report.step == 17
+    assert len(back.records) == len(report.records) == 3 * (4 + 2 * 4)
+    assert all(same(a, b) for a, b in zip(back.records, report.records, strict=True))
+    assert back.coverage == report.coverage
+    assert back.settings == report.settings
+    assert back.statistics == {}
+    assert json.dumps(back.to_dict(), allow_nan=False) == text
+    assert any(math.isnan(r.cosine) for r in back.records)
+    assert str(back) == str(report)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"power": None, "n_kept": None}, {"cosine": math.nan, "status": "not finite"},
+     {"premise": "frozen", "layer": "ünïcode"}],
+    ids=str,
+)  # fmt: skip
+def test_record_round_trip(changes: dict[str, Any]) -> None:
+    """A record is plain data: NaN is None in JSON and NaN again afterwards; None stays None."""
+    one = record(**changes)
+    data = json.loads(json.dumps(one.to_dict(), allow_nan=False))
+    assert same(Record.from_dict(data), one)
+    assert data["residual"] is None
+    assert set(data) == {entry.name for entry in dataclasses.fields(Record)}
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Record) if f.type == "float"])
+def test_every_number_of_a_record_may_be_nan(name: str) -> None:
+    """No float field is forgotten on the way to JSON and back."""
+    one = record(**{name: math.nan})
+    data = json.loads(json.dumps(one.to_dict(), allow_nan=False))
+    assert data[name] is None
+    assert math.isnan(getattr(Record.from_dict(data), name))
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_infinities_are_valid_json_too(value: float) -> None:
+    """JSON has no infinity: it becomes None."""
+    assert json.dumps(record(scale=value).to_dict(), allow_nan=False)
+
+
+def test_the_comparison_of_records_sees_differences() -> None:
+    """`same` is not always true."""
+    assert same(record(), record())
+    assert not same(record(), record(cosine=0.51))
+    assert not same(record(), record(cosine=math.nan))
+    assert not same(record(), record(power=None))
+
+
+# --------------------------------------------------------------------------- lookup
+
+
+def test_layers_and_labels() -> None:
+    """Layers in model order, relations with their powers in the order asked."""
+    report = make_report(relations=("nfa", "fact"), powers=(1.0, 0.5))
+    assert report.layers == ("0", "3", "5")
+    assert report.labels == ("nfa^1", "nfa^0.5", "fact")
+    assert report.records[0].label == "nfa^1"
+
+
+def test_select() -> None:
+    """Every argument given must match; none given is all."""
+    report = make_report()
+    assert report.select() == report.records
+    assert {r.relation for r in report.select(layer="3")} == set(RELATIONS)
+    assert {(r.layer, r.power) for r in report.select(relation="nfa")} == {
+        (layer, power) for layer in ("0", "3", "5") for power in (0.5, 1.0)
+    }
+    assert [r.relation for r in report.select("3", power=0.5)] == ["nfa", "enfa", "bnfa", "benfa"]
+    assert report.select(layer="nowhere") == []
+
+
+def test_record() -> None:
+    """The one record that matches, with the power where there are several."""
+    report = make_report()
+    assert report.record("3", "nfa", 0.5) is report.select("3", "nfa", 0.5)[0]
+    assert report.record("3", "fact").power is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "count"),
+    [(("3", "nfa"), 2), (("4", "fact"), 0), (("3", "nfa", 0.3), 0), (("3", "NFA", 0.5), 0)],
+    ids=str,
+)
+def test_no_single_record(arguments: tuple[Any, ...], count: int) -> None:
+    """None or several: the message counts them and lists layers and relations."""
+    with pytest.raises(NotMeasuredError, match=f"{count} records match") as error:
+        make_report().record(*arguments)
+    assert "0, 3, 5" in str(error.value)
+    assert "nfa^0.5" in str(error.value)
+
+
+def test_not_measured_is_a_lookup_error() -> None:
+    """A caller may catch it as LookupError or FeatureProbeError."""
+    assert issubclass(NotMeasuredError, LookupError)
+    assert issubclass(NotMeasuredError, FeatureProbeError)
+
+
+# --------------------------------------------------------------------------- matrices
+
+
+def test_matrices() -> None:
+    """Shapes by side and groups, and the power's default is 1."""
+    report = make_report()
+    weight = network()[3].weight.detach()
+    torch.testing.assert_close(report.matrix("3", "nfm"), weight.T @ weight)
+    torch.testing.assert_close(report.matrix("3", "bnfm"), weight @ weight.T)
+    for kind, relation in RELATIONS.items():
+        forward = relation.side == "forward"
+        assert report.matrix("3", kind).shape == ((8, 8) if forward else (5, 5))
+        assert report.matrix("0", kind).shape == ((2, 3, 3) if forward else (2, 2, 2))
+        assert report.matrix("3", kind).dtype == torch.float64
+    assert torch.equal(report.matrix("3", "nfa"), report.matrix("3", "nfa", 1.0))
+    half = report.matrix("3", "nfa", 0.5)
+    torch.testing.assert_close(half @ half, report.matrix("3", "nfa"))
+
+
+def test_a_matrix_at_a_power_that_was_not_scored() -> None:
+    """The sums are kept, so any power can be had."""
+    third = make_report(powers=1.0).matrix("3", "nfa", 1 / 3)
+    torch.testing.assert_close(third @ third @ third, make_report().matrix("3", "nfa"))
+
+
+@pytest.mark.parametrize("kind", ["agop", "", "nfa^0.5"])
+def test_an_unknown_matrix(kind: str) -> None:
+    """The message lists the kinds there are."""
+    with pytest.raises(ConfigurationError, match="unknown matrix") as error:
+        make_report().matrix("3", kind)
+    assert all(name in str(error.value) for name in (*RELATIONS, "nfm", "bnfm"))
+
+
+@pytest.mark.parametrize("kind", ["fact", "bfact_sym", "nfm"])
+def test_a_power_where_there_is_none(kind: str) -> None:
+    """A power is refused, not ignored."""
+    with pytest.raises(ConfigurationError, match=rf"'{kind}' has no power, got power=0.5"):
+        make_report().matrix("3", kind, 0.5)
+
+
+@pytest.mark.parametrize("power", [0.0, -1.0, math.nan])
+def test_a_matrix_power_must_be_positive(power: float) -> None:
+    """Zero, negative and NaN powers are refused."""
+    with pytest.raises(ConfigurationError, match="power must be positive"):
+        make_report().matrix("3", "nfa", power)
+
+
+def test_a_matrix_of_no_layer() -> None:
+    """The message lists the layers."""
+    with pytest.raises(NotMeasuredError, match=r"no layer '4'; layers: 0, 3, 5"):
+        make_report().matrix("4", "nfm")
+
+
+def test_a_matrix_that_was_not_asked_for() -> None:
+    """Only sums that a relation needed are there; the weight always is."""
+    report = make_report(relations="fact")
+    report.matrix("3", "nfm")
+    report.matrix("3", "bfact")
+    with pytest.raises(NotMeasuredError, match=r"'nfa' of layer '3' was not measured: not asked"):
+        report.matrix("3", "nfa")
+
+
+def test_a_matrix_that_could_not_be_measured_says_why() -> None:
+    """The reason is that of the records."""
+    report = make_report(max_dim=4)
+    with pytest.raises(NotMeasuredError, match=r"d_out 5 exceeds max_dim 4"):
+        report.matrix("3", "nfa")
+
+
+def test_a_report_from_data_has_no_matrices() -> None:
+    """What was written to JSON are the scores."""
+    back = Report.from_dict(make_report().to_dict())
+    with pytest.raises(NotMeasuredError, match="holds no matrices"):
+        back.matrix("3", "nfm")
+
+
+def train(steps: int, keep: bool) -> list[Report]:
+    """Reports of an SGD run, one a step."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, weight_decay=LAMBDA)
+    probe = FeatureProbe(
+        model, optimizer=optimizer, every=1, window=2, keep_matrices=keep, strict=True
+    )
+    reports = []
+    with probe:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            F.mse_loss(model(BATCH[0]), BATCH[1]).backward()
+            optimizer.step()
+            assert probe.report is not None
+            reports.append(probe.report)
+    return reports
+
+
+def test_without_keep_matrices_the_message_names_it() -> None:
+    """In the loop matrices are kept on request only, and the error says how to ask."""
+    (report,) = train(1, keep=False)
+    with pytest.raises(NotMeasuredError, match="keep_matrices=True"):
+        report.matrix("3", "nfm")
+    assert report.statistics == {}
+
+
+def test_kept_matrices_are_not_changed_by_training() -> None:
+    """A report's matrices stay what they were, however the weights move and sums go on."""
+    kinds = ("nfm", "bnfm", "fact", "nfa", "enfa")
+    (first,) = train(1, keep=True)
+    expected = {kind: first.matrix("3", kind) for kind in kinds}
+    start = network()[3].weight.detach()
+    torch.testing.assert_close(expected["nfm"], start.T @ start)
+    reports = train(5, keep=True)
+    for kind in kinds:
+        assert torch.equal(reports[0].matrix("3", kind), expected[kind]), kind
+        assert not torch.equal(reports[4].matrix("3", kind), expected[kind]), kind
+
+
+# --------------------------------------------------------------------------- text
+
+
+def example() -> Report:
+    """Two layers, one of them with a note."""
+    return Report(
+        step=3,
+        records=[
+            record(),
+            record(relation="fact", power=None, cosine=-0.75),
+            record(layer="head", cosine=math.nan, status="predicted matrix is zero"),
+            record(layer="head", relation="fact", power=None, cosine=1.0, premise="frozen"),
+        ],
+        coverage=Coverage(()),
+    )
+
+
+def test_table() -> None:
+    """Layers by relations, aligned, a dash where undefined."""
+    assert example().table() == (
+        "layer  nfa^0.5    fact\n"
+        "----------------------\n"
+        "fc       0.500  -0.750\n"
+        "head         -   1.000"
+    )
+
+
+def test_table_of_another_score() -> None:
+    """Any number of the records can be tabulated."""
+    first, *_ = example().table("pearson").split("\n")[2:]
+    assert first.split() == ["fc", "0.250", "0.250"]
+    assert example().table("residual").split("\n")[2].split() == ["fc", "-", "-"]
+
+
+def test_table_with_a_missing_record() -> None:
+    """A relation that a layer does not have is an empty cell."""
+    report = example()
+    del report.records[3]
+    assert report.table().split("\n")[-1] == "head         -"
+
+
+def test_notes() -> None:
+    """Statuses that are not ok, and premises, each with the layers they concern."""
+    assert example().notes() == ["nfa: predicted matrix is zero (head)", "fact: frozen (head)"]
+
+
+def test_notes_on_many_layers_are_short() -> None:
+    """All layers are said to be all; of many some are named."""
+    records = [record(layer=f"l{i}", premise="odd" if i < 6 else "") for i in range(8)]
+    assert Report(0, records, Coverage(())).notes() == ["nfa: odd (l0, l1, l2, l3 and 2 more)"]
+    records = [record(layer=f"l{i}", status="zero") for i in range(3)]
+    assert Report(0, records, Coverage(())).notes() == ["nfa: zero (all layers)"]
+
+
+def test_text_of_a_report() -> None:
+    """The step, the table, the notes and the coverage, in this order."""
+    text = str(example())
+    parts = ["step 3", example().table(), *example().notes(), str(example().coverage)]
+    positions = [text.index(part) for part in parts]
+    assert positions == sorted(positions)
+
+
+def test_repr_does_not_print_matrices() -> None:
+    """The kept tensors are left out of the repr."""
+    assert "tensor(" not in repr(make_report())
