@@ -16,6 +16,8 @@ from torch import Tensor
 from feature_probe.factored import Factored, Spectrum, gram_spectrum
 
 _NAN = float("nan")
+#: Most random rotations drawn, and d_out² × rotations, for the control at powers other than 1.
+_MOST_DRAWS, _DRAW_BUDGET = 256, 65536
 #: Relative size below which a variance is rounding, not data.
 _DEGENERATE = 1e-13
 
@@ -118,8 +120,8 @@ def shared_weight_cosine(
 
     The control of the papers (papers/centered_nfa.md): the W that both sides share is kept, only
     K's eigenvectors are drawn anew. For s = 1 the closed form of MATH §3 (a ratio of expectations),
-    otherwise the mean over draws, 8 where d_out ≤ 32 down to 1 from 256 on: the spread of one draw
-    falls with the width, and the mean is good to about 0.01.
+    otherwise the mean over draws, 256 where d_out ≤ 16 down to 1 from 256 on: the spread of one
+    draw falls with the width, and the mean is good to about 0.01.
 
     Args:
         weight: W in float64, shape ``[groups, d_out, d_in]``, or in coordinates of its row space.
@@ -137,21 +139,22 @@ def shared_weight_cosine(
     if power == 1.0:
         return _closed_form(weight, curvature.values)
     generator = torch.Generator(device=weight.device).manual_seed(seed)
-    draws = max(1, min(8, 256 // width))
-    gram = Factored.gram(weight)
-    cosines = [
-        compare(gram, gram_spectrum(rows, tolerance).power(power)).cosine
-        for rows in (_random_rows(weight, curvature.values, generator) for _ in range(draws))
-    ]
-    return sum(cosines) / draws
+    draws = max(1, min(_MOST_DRAWS, _DRAW_BUDGET // width**2) // weight.shape[0])
+    rows = _random_rows(weight, curvature.values, draws, generator)
+    spectrum = gram_spectrum(rows.flatten(0, 1), tolerance)
+    roots = spectrum.rows(power).reshape((*rows.shape[:2], -1, weight.shape[2]))
+    cross = (roots @ weight.mT).square().sum((1, 2, 3))
+    norms = spectrum.values.pow(2 * power).sum(-1).reshape(rows.shape[:2]).sum(-1)
+    gram_norm = Factored.gram(weight).thin().squared_norm()
+    return float((cross / (norms * gram_norm).sqrt()).mean())
 
 
-def _random_rows(weight: Tensor, values: Tensor, generator: torch.Generator) -> Tensor:
-    """Λ^{1/2} QᵀW with Q the first r columns of a Haar rotation, shape ``[groups, r, d_in]``."""
-    shape = (weight.shape[0], weight.shape[1], values.shape[1])
+def _random_rows(weight: Tensor, values: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """Λ^{1/2} QᵀW with Q the first r columns of Haar rotations, ``[draws, groups, r, d_in]``."""
+    shape = (draws, weight.shape[0], weight.shape[1], values.shape[1])
     normal = torch.randn(shape, generator=generator, dtype=weight.dtype, device=weight.device)
     columns, triangle = torch.linalg.qr(normal)
-    columns = columns * triangle.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
+    columns = columns * triangle.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
     rows: Tensor = values.sqrt()[..., None] * (columns.mT @ weight)
     return rows
 

@@ -20,6 +20,7 @@ from feature_probe.scoring import LayerFacts, score_layer
 from feature_probe.targets import Target
 
 NO_GRADIENT = "no gradient reached"
+NEVER_CALLED = "the layer was never called as a module"
 #: K within this relative distance of a multiple of the identity makes every NFA score a property
 #: of the weight alone (MATH §7).
 _TRIVIAL = 1e-6
@@ -80,17 +81,18 @@ class Assembler:
         weight = self._weight(index)
         scale = self.gradient_scale * self.decay.sign(target)
         gradient = _mean(moments.gradient, moments.gradient_weight, scale)
+        jacobian, loss = (_mean(t, window.examples) for t in (moments.jacobian, moments.loss))
         if gradient is not None and index not in self.observer.reached and not gradient.any():
             gradient = None  # zeroed in place by the user, never filled
-        sums = (gradient, moments.jacobian, moments.loss)
-        dtypes = [t.dtype for t in sums if t is not None] or [sum_dtype(weight.dtype)]
+        dtypes = [t.dtype for t in (gradient, jacobian, loss) if t is not None]
+        problems = self.observer.problems
         return LayerStatistics(
             weight=weight.clone() if copy else weight,
-            gradient=gradient,
-            jacobian=_mean(moments.jacobian, window.examples),
-            loss=_mean(moments.loss, window.examples),
+            gradient=None if (index, "gradient") in problems else gradient,
+            jacobian=None if (index, "jacobian") in problems else jacobian,
+            loss=None if (index, "loss") in problems else loss,
             weight_decay=self.decay.value(target, self._computed(index)),
-            tolerance=max(clamp_tolerance(dtype) for dtype in dtypes),
+            tolerance=clamp_tolerance(dtypes[0] if dtypes else sum_dtype(weight.dtype)),
             missing=self._missing(index, moments),
         )
 
@@ -113,7 +115,7 @@ class Assembler:
         if index in recorder.problems:
             general = recorder.problems[index]
         elif index not in recorder.fired:
-            general = "the layer was never called as a module"
+            general = NEVER_CALLED
         else:
             general = NO_GRADIENT
         missing: dict[Sum, str] = {}
@@ -123,10 +125,10 @@ class Assembler:
                 missing[needs] = "not asked for"
             elif (index, needs) in problems:
                 missing[needs] = problems[index, needs]
+            elif needs == "gradient" and general == NEVER_CALLED:
+                missing[needs] = f"{NO_GRADIENT}; {NEVER_CALLED}"
             else:
                 missing[needs] = general
-        if "gradient" in asked and index not in recorder.problems:
-            missing["gradient"] = problems.get((index, "gradient"), NO_GRADIENT)
         return missing
 
     def _premises(self, index: int, statistics: LayerStatistics) -> dict[str, str]:

@@ -107,6 +107,7 @@ class ForwardPass:
             as the graph holds the hooks and an edge held by a hook would keep the graph for good.
         examples: n, set when the model has returned.
         reached: Whether a backward pass arrived, so that it was training.
+        delivered: Calls whose gradient has arrived.
         staged: What the consumer holds back until then.
     """
 
@@ -114,6 +115,7 @@ class ForwardPass:
     edges: list[GradientEdge] = field(default_factory=list)
     examples: int = 0
     reached: bool = False
+    delivered: set[Call] = field(default_factory=set)
     staged: dict[int, Any] = field(default_factory=dict)
 
     def release(self) -> None:

@@ -126,7 +126,7 @@ class Observer:
         self._fault = on_fault
         self._needs_backward = needs_backward
         self._window = Window.empty(targets)
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._passes = 0
         self._unfinished: list[tuple[ForwardPass, dict[int, Tensor]]] = []
         for index, target in enumerate(targets):
             if target.d_out > settings.max_dim:
@@ -165,6 +165,10 @@ class Observer:
             self._commit(forward)
         self.reached.add(call.index)
         moments = self._window.layers[call.index]
+        if call in forward.delivered:
+            self.problems[call.index, "loss"] = (
+                "several backward passes reached one forward pass; E would need their sum"
+            )
         if call.overwritten:
             self.problems[call.index, "gradient"] = (
                 "the layer's input was modified in place before the backward pass"
@@ -173,12 +177,15 @@ class Observer:
         if product is not None:
             moments.add_gradient(product, weight=1.0)
         rows = self._rows(call, gradient)
-        moments.loss_rows += rows.shape[0] * rows.shape[1]
+        if call not in forward.delivered:
+            moments.loss_rows += rows.shape[0] * rows.shape[1]
+            forward.delivered.add(call)
         if "loss" in self._settings.needs and (call.index, "loss") not in self.problems:
             self._add_loss(forward, call, rows)
 
     def _commit(self, forward: ForwardPass) -> None:
         forward.reached = True
+        self._passes += 1
         self._window.examples += forward.examples
         for index, moments in forward.staged.items():
             self._window.layers[index].merge(moments)
@@ -268,11 +275,13 @@ class Observer:
         return False
 
     def _generator(self, device: torch.device) -> torch.Generator:
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device=device).manual_seed(
-                self._settings.seed
-            )
-        return self._generators[device]
+        """Where the next pass draws its signs from.
+
+        Seeded by how many passes counted before, not by how many ran: evaluation in between, with
+        gradients or without, changes no number.
+        """
+        seed = (self._settings.seed * 1_000_003 + self._passes) % 2**63
+        return torch.Generator(device=device).manual_seed(seed)
 
 
 def _accumulate(sums: dict[int, Tensor], index: int, rows: Tensor) -> None:

@@ -129,7 +129,7 @@ def test_the_out_projection_has_fact_from_its_gradient(run: Any) -> None:
 
 @RUNS
 def test_a_weight_used_without_its_layer(run: Any) -> None:
-    """F.linear(x, layer.weight): FACT only; a layer never used: nothing; a loose matrix: no layer."""
+    """F.linear(x, layer.weight): FACT only; a layer never used: nothing; a loose matrix: none."""
     found = entries(run(Functional().double(), functional_batch()))
     assert [(name, entry.measured) for name, entry in found.items()] == [
         ("loose", "none"),

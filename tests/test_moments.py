@@ -114,6 +114,9 @@ def test_merging_is_associative_and_commutative() -> None:
     assert_equal(left, merged(c, b, a))
     assert_equal(left, merged(Moments(), a, Moments(), b, c, Moments()))
     assert left.rows == 12
+    assert left.gradient_weight == pytest.approx(1.5 + 2.5 + 3.5)
+    gradients = [part.gradient for part in (a, b, c)]
+    torch.testing.assert_close(left.gradient, sum(gradients))
 
 
 def test_merging_nothing_is_nothing() -> None:

@@ -322,40 +322,64 @@ def test_kept_matrices_are_not_changed_by_training() -> None:
 
 def example() -> Report:
     """Two layers, one of them with a note."""
+    fact: dict[str, Any] = {"relation": "fact", "power": None, "shared_weight_cosine": math.nan}
     return Report(
         step=3,
         records=[
             record(),
-            record(relation="fact", power=None, cosine=-0.75),
+            record(**fact, cosine=-0.75),
             record(layer="head", cosine=math.nan, status="predicted matrix is zero"),
-            record(layer="head", relation="fact", power=None, cosine=1.0, premise="frozen"),
+            record(**fact, layer="head", cosine=1.0, premise="frozen"),
         ],
         coverage=Coverage(()),
     )
 
 
 def test_table() -> None:
-    """Layers by relations, aligned, a dash where undefined."""
+    """Layers by relations, aligned, each cosine with its level by chance, a dash if undefined."""
     assert example().table() == (
-        "layer  nfa^0.5    fact\n"
-        "----------------------\n"
-        "fc       0.500  -0.750\n"
-        "head         -   1.000"
+        "layer       nfa^0.5           fact\n"
+        "----------------------------------\n"
+        "fc     0.500 (0.20)  -0.750 (0.10)\n"
+        "head              -   1.000 (0.10)"
     )
 
 
+@pytest.mark.parametrize(
+    ("changes", "level"),
+    [
+        ({}, 0.2),
+        ({"shared_weight_cosine": math.nan}, 0.1),
+        ({"relation": "bfact", "power": None, "shared_weight_cosine": math.nan}, 0.1),
+        ({"shared_weight_cosine": math.nan, "chance_cosine": math.nan}, math.nan),
+    ],
+    ids=["same W", "none known with the same W", "backward", "neither"],
+)
+def test_level_by_chance(changes: dict[str, Any], level: float) -> None:
+    """The level with the same W where there is one, else that of a random rotation."""
+    assert record(**changes).level_by_chance == pytest.approx(level, nan_ok=True)
+
+
 def test_table_of_another_score() -> None:
-    """Any number of the records can be tabulated."""
+    """Any number of the records can be tabulated, without the level by chance."""
     first, *_ = example().table("pearson").split("\n")[2:]
     assert first.split() == ["fc", "0.250", "0.250"]
     assert example().table("residual").split("\n")[2].split() == ["fc", "-", "-"]
+
+
+@pytest.mark.parametrize("score", ["correlation", "layer", "n_rows"])
+def test_table_of_no_score(score: str) -> None:
+    """What is no score is refused, with the scores there are."""
+    with pytest.raises(ConfigurationError, match=f"unknown score '{score}'") as error:
+        example().table(score)
+    assert "trace_free_cosine" in str(error.value)
 
 
 def test_table_with_a_missing_record() -> None:
     """A relation that a layer does not have is an empty cell."""
     report = example()
     del report.records[3]
-    assert report.table().split("\n")[-1] == "head         -"
+    assert report.table().split("\n")[-1] == "head              -"
 
 
 def test_notes() -> None:

@@ -17,7 +17,7 @@ Colour = tuple[int, int, int]
 INK: Colour = (25, 25, 25)
 FAINT: Colour = (95, 95, 95)
 PAPER: Colour = (255, 255, 255)
-TEXT, TITLE = 27, 34
+TEXT, TITLE = 25, 31
 _TICK = 8
 
 
@@ -37,7 +37,10 @@ class Canvas:
         anchor: str = "la",
     ) -> None:  # fmt: skip
         """Write one line; ``anchor`` as in Pillow, "la" is left and top."""
-        self._draw.text(place, _ascii(text), colour, font=_font(size), anchor=anchor)
+        # Twice, a pixel apart: TensorBoard scales down without smoothing, and drops thin strokes.
+        for shift in (0, 1):
+            at = (place[0] + shift, place[1] + shift)
+            self._draw.text(at, _ascii(text), colour, font=_font(size), anchor=anchor)
 
     def numbers(self, values: NDArray[np.float64], box: Box, limit: float = 1.0) -> None:
         """Paint ``values`` into ``box`` on the scale [−limit, limit], framed, cells not blurred."""
@@ -54,7 +57,7 @@ class Canvas:
         left, top, _, bottom = box
         if not labels:
             return
-        every = -(-len(labels) * (TEXT + 3) // (bottom - top))
+        every = -(-len(labels) * (TEXT + 1) // (bottom - top))
         for row in range(0, len(labels), every):
             y = top + int((row + 0.5) * (bottom - top) / len(labels))
             self._draw.line((left - _TICK, y, left - 2, y), FAINT, 2)
@@ -84,12 +87,11 @@ class Canvas:
             self.text((right + _TICK + 6, y), f"{value * limit:g}", anchor="lm")
 
     def flat_scale(self, box: Box, limit: float) -> None:
-        """A colour bar from −limit (left) to +limit (right), numbers at both sides of it."""
-        left, top, right, bottom = box
+        """A colour bar from −limit (left) to +limit (right), the numbers under its ends."""
+        left, _, right, bottom = box
         self.numbers(np.linspace(-limit, limit, 257)[None, :], box, limit)
-        middle = (top + bottom) // 2
-        self.text((left - 8, middle), f"-{limit:.3g}", anchor="rm")
-        self.text((right + 8, middle), f"{limit:.3g}", anchor="lm")
+        self.text((left, bottom + 6), f"-{limit:.3g}")
+        self.text((right, bottom + 6), f"{limit:.3g}", anchor="ra")
 
     def swatch(self, box: Box) -> None:
         """A patch in the colour of undefined numbers."""

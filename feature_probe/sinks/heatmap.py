@@ -16,12 +16,12 @@ from feature_probe.sinks.canvas import FAINT, TEXT, TITLE, Canvas, fit, text_wid
 
 Pixels = NDArray[np.uint8]
 
-WIDTH = 960
-_MARGIN, _GAP = 20, 36
-_LABEL_WIDTH = 300
-_STRIP, _BAR, _BAR_TEXT = 34, 28, 66
-_PLOT_HEIGHT, _ROW_HEIGHT, _MIN_ROWS = 440, 56, 4
-_PANEL, _PANEL_GAP = 440, 40
+WIDTH = 880
+_MARGIN, _GAP = 16, 34
+_LABEL_WIDTH = 250
+_STRIP, _BAR, _BAR_TEXT = 30, 24, 60
+_PLOT_HEIGHT, _ROW_HEIGHT, _MIN_ROWS = 364, 52, 4
+_PER_LINE, _PANEL, _PANEL_GAP = 4, 192, 26
 
 
 def render_heatmap(
@@ -44,59 +44,60 @@ def render_heatmap(
         chance: Level expected by chance ``[layers]``, drawn as a strip beside the map.
 
     Returns:
-        uint8 ``[height, WIDTH, 3]``; one pixel of height a layer beyond 440 layers.
+        uint8 ``[height, WIDTH, 3]``; one pixel of height a layer beyond 364 layers.
     """
     rows = values.shape[0]
     height = max(min(max(rows, _MIN_ROWS) * _ROW_HEIGHT, _PLOT_HEIGHT), rows)
-    top = _MARGIN + TITLE + (TEXT + 10 if subtitle else 0) + 18
+    top = _MARGIN + TITLE + TEXT + 22
     bottom = top + height
-    canvas = Canvas(WIDTH, bottom + 2 * TEXT + 50)
+    canvas = Canvas(WIDTH, bottom + TEXT + 28)
     _heading(canvas, title, subtitle)
     names = min(max((text_width(name) for name in layers), default=0), _LABEL_WIDTH)
     bar = WIDTH - _MARGIN - _BAR_TEXT - _BAR
-    strip = bar - _GAP - (0 if chance is None else _STRIP + _GAP)
-    plot = (_MARGIN + names + 16, top, strip, bottom)
+    right = bar - _GAP - (0 if chance is None else _STRIP + _GAP)
+    plot = (_MARGIN + names + 16, top, right, bottom)
     canvas.numbers(values, plot)
     canvas.left_ticks(plot, layers, names)
     canvas.bottom_ticks(plot, [f"{step:,}" for step in steps])
-    canvas.text(((plot[0] + plot[2]) // 2, bottom + TEXT + 22), "training step", anchor="ma")
+    canvas.text((_MARGIN, bottom + 12), "step")
     if chance is not None:
-        left = plot[2] + _GAP
+        left = right + _GAP
         canvas.numbers(chance[:, None], (left, top, left + _STRIP, bottom))
         canvas.text((left + _STRIP // 2, bottom + 12), "chance", anchor="ma")
     canvas.upright_scale((bar, top, bar + _BAR, bottom))
     if not np.isfinite(values).all():
-        y = bottom + TEXT + 24
-        canvas.swatch((_MARGIN, y, _MARGIN + TEXT, y + TEXT))
-        canvas.text((_MARGIN + TEXT + 10, y), "undefined")
+        _legend(canvas)
     return canvas.pixels()
 
 
 def render_matrices(
-    matrices: Mapping[str, NDArray[np.float64]], *, title: str, max_side: int = 64
+    matrices: Mapping[str, NDArray[np.float64]],
+    *,
+    title: str,
+    subtitle: str = "",
+    max_side: int = 64,
 ) -> Pixels:
-    """Draw matrices side by side, two a row, each on its own colour scale centred at 0.
+    """Draw matrices side by side, four a line, each on its own colour scale centred at 0.
 
     Args:
         matrices: By caption; ``[rows, columns]`` each.
         title: First line, large.
+        subtitle: Second line, small; what a cell and the colours are follows it.
         max_side: Larger matrices are reduced to at most this many blocks a side, by block mean.
 
     Returns:
         uint8 ``[height, WIDTH, 3]``.
     """
     top = _MARGIN + TITLE + TEXT + 28
-    pitch = _PANEL + 2 * TEXT + 52
-    canvas = Canvas(WIDTH, top + math.ceil(len(matrices) / 2) * pitch)
-    sides = {block_side(matrix, max_side) for matrix in matrices.values()}
-    subtitle = "each with its own colour scale"
-    if sides - {1}:
-        blocks = " or ".join(f"{side} x {side}" for side in sorted(sides - {1}))
-        subtitle += f"; a cell is the mean of {blocks} entries"
-    _heading(canvas, title, subtitle)
+    pitch = _PANEL + 2 * TEXT + 60
+    canvas = Canvas(WIDTH, top + math.ceil(len(matrices) / _PER_LINE) * pitch)
+    sides = sorted({block_side(matrix, max_side) for matrix in matrices.values()} - {1})
+    blocks = " or ".join(f"{side} x {side}" for side in sides)
+    cells = f"a cell is the mean of {blocks} entries" if sides else ""
+    _heading(canvas, title, "; ".join(filter(None, [subtitle, cells, "own colours each"])))
     for index, (caption, matrix) in enumerate(matrices.items()):
-        x = _MARGIN + (index % 2) * (_PANEL + _PANEL_GAP)
-        y = top + (index // 2) * pitch
+        x = _MARGIN + (index % _PER_LINE) * (_PANEL + _PANEL_GAP)
+        y = top + (index // _PER_LINE) * pitch
         canvas.text((x, y), fit(caption, _PANEL))
         _panel(canvas, (x, y + TEXT + 10), matrix, block_side(matrix, max_side))
     return canvas.pixels()
@@ -127,6 +128,14 @@ def _heading(canvas: Canvas, title: str, subtitle: str) -> None:
     canvas.text((_MARGIN, _MARGIN + TITLE + 10), fit(subtitle, width), colour=FAINT)
 
 
+def _legend(canvas: Canvas) -> None:
+    """What grey is, at the right of the subtitle."""
+    left = WIDTH - _MARGIN - text_width("undefined")
+    y = _MARGIN + TITLE + 10
+    canvas.text((left, y), "undefined")
+    canvas.swatch((left - TEXT - 6, y, left - 8, y + TEXT - 2))
+
+
 def _panel(canvas: Canvas, place: tuple[int, int], matrix: NDArray[np.float64], side: int) -> None:
     x, y = place
     blocks = block_mean(matrix, side)
@@ -135,5 +144,4 @@ def _panel(canvas: Canvas, place: tuple[int, int], matrix: NDArray[np.float64], 
     # A matrix of zeros has no scale of its own; any will do.
     limit = float(np.abs(whole[np.isfinite(whole)]).max(initial=0.0)) or 1.0
     canvas.numbers(blocks, (x, y, x + _PANEL, y + _PANEL), limit)
-    below = y + _PANEL + 12
-    canvas.flat_scale((x + _PANEL // 4, below, x + 3 * _PANEL // 4, below + TEXT), limit)
+    canvas.flat_scale((x, y + _PANEL + 8, x + _PANEL, y + _PANEL + 22), limit)

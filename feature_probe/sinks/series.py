@@ -39,13 +39,16 @@ class Histogram:
 
 
 def median_tag(quantity: str, label: str = "") -> str:
-    """Tag of the median over layers of a score of one relation, or of a quantity of the layers."""
-    return "/".join(part for part in (ROOT, f"{quantity}_median", label) if part)
+    """Tag of the median over layers of a relation's score, or of a quantity of the layers.
+
+    In one last segment, which is what TensorBoard's cards show of a long tag.
+    """
+    return f"{ROOT}/{label}_median_{quantity}" if label else f"{ROOT}/median_{quantity}"
 
 
-def band_tag(quantity: str, label: str, end: str) -> str:
-    """Tag of one of the other levels over layers: ``end`` is p10, p90 or chance."""
-    return "/".join(part for part in (f"{ROOT}_bands", quantity, label, end) if part)
+def band_tag(quantity: str, label: str, level: str) -> str:
+    """Tag of another level over layers: p10, p90, chance; p50 where no card should be spent."""
+    return "/".join(part for part in (f"{ROOT}_bands", quantity, label, level) if part)
 
 
 def layer_tag(record: Record, score: str) -> str:
@@ -72,13 +75,13 @@ def band_scalars(report: Report, score: str) -> dict[str, float]:
     for label, records in by_label(report).items():
         for charted in charted_scores(score):
             values = [float(getattr(record, charted)) for record in records]
-            scalars |= _band(charted, label, values)
+            scalars |= _band(_band_tags(charted, label, charted == score), values)
         if score == "cosine":
             levels = defined([chance_level(record) for record in records])
             if levels.size:
                 scalars[band_tag(score, label, "chance")] = float(np.median(levels))
     layers = {record.layer: record.stationarity for record in report.records}
-    return scalars | _band(STATIONARITY, "", list(layers.values()))
+    return scalars | _band(_band_tags(STATIONARITY, "", True), list(layers.values()))
 
 
 def layer_scalars(report: Report, score: str) -> dict[str, float]:
@@ -129,7 +132,11 @@ def custom_scalars_layout(labels: Sequence[str], score: str = "cosine") -> Layou
         layout[f"{ROOT}: which account agrees best?"] = multiline
     for charted in charted_scores(score):
         title = f"{ROOT}: {SCORE_NAMES[charted]}, median over layers and 10-90 % band"
-        layout[title] = {label: _margin(charted, label) for label in reversed(labels)}
+        layout[title] = {
+            # TensorBoard shows margin charts last first.
+            label: _margin(charted, label, charted == score)
+            for label in reversed(labels)
+        }
     if score == "cosine":
         layout[f"{ROOT}: median cosine, and the level that chance alone would give"] = {
             f"{label}: cosine and chance": [
@@ -142,7 +149,7 @@ def custom_scalars_layout(labels: Sequence[str], score: str = "cosine") -> Layou
             for label in labels
         }
     layout[f"{ROOT}: |decay*W + G| / |decay*W| (0 = stationary, where FACT must hold)"] = {
-        STATIONARITY: _margin(STATIONARITY, "")
+        STATIONARITY: _margin(STATIONARITY, "", True)
     }
     return layout
 
@@ -153,18 +160,19 @@ def defined(values: Sequence[float]) -> NDArray[np.float64]:
     return array[np.isfinite(array)]
 
 
-def _margin(quantity: str, label: str) -> list[str | list[str]]:
-    ends = [band_tag(quantity, label, end) for end in ("p10", "p90")]
-    return ["Margin", [median_tag(quantity, label), *ends]]
+def _band_tags(quantity: str, label: str, has_card: bool) -> tuple[str, str, str]:
+    """Tags of the median and of the ends of its band."""
+    middle = median_tag(quantity, label) if has_card else band_tag(quantity, label, "p50")
+    return middle, band_tag(quantity, label, "p10"), band_tag(quantity, label, "p90")
 
 
-def _band(quantity: str, label: str, values: Sequence[float]) -> dict[str, float]:
+def _margin(quantity: str, label: str, has_card: bool) -> list[str | list[str]]:
+    return ["Margin", list(_band_tags(quantity, label, has_card))]
+
+
+def _band(tags: tuple[str, str, str], values: Sequence[float]) -> dict[str, float]:
     known = defined(values)
     if not known.size:
         return {}
-    low, middle, high = (float(x) for x in np.percentile(known, (10, 50, 90)))
-    return {
-        median_tag(quantity, label): middle,
-        band_tag(quantity, label, "p10"): low,
-        band_tag(quantity, label, "p90"): high,
-    }
+    levels = (float(level) for level in np.percentile(known, (50, 10, 90)))
+    return dict(zip(tags, levels, strict=True))

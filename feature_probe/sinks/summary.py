@@ -51,13 +51,13 @@ def _scores(report: Report, score: str) -> str:
     for layer in report.layers:
         row = [_cell(cells.get((layer, label)), score) for label in report.labels]
         last = [_number(stationarity[layer], ".3g")] if is_decayed else []
-        rows.append([f"`{layer_name(layer)}`", *row, *last])
+        rows.append([layer_name(layer), *row, *last])
     medians = [
         _middle([float(getattr(record, score)) for record in records])
         for records in by_label(report).values()
     ]
     last = [_middle(list(stationarity.values()), ".3g")] if is_decayed else []
-    return _table([*rows, ["**median**", *medians, *last]], "right")
+    return _table([*rows, ["median over layers", *medians, *last]], "right")
 
 
 def _columns(report: Report) -> str:
@@ -87,7 +87,11 @@ def _cell(record: Record | None, score: str) -> str:
         return ""
     value = float(getattr(record, score))
     chance = chance_level(record) if score == "cosine" else math.nan
-    bracket = f" ({chance:.2f})" if math.isfinite(chance) and math.isfinite(value) else ""
+    bracket = (
+        f"\N{NO-BREAK SPACE}({chance:.2f})"
+        if math.isfinite(chance) and math.isfinite(value)
+        else ""
+    )
     return _number(value, ".3f") + bracket
 
 
@@ -115,5 +119,7 @@ def _listed(title: str, lines: list[str]) -> list[str]:
 
 
 def _escape(text: str) -> str:
-    """Keep a cell a cell: a bar would end it, a line break the table."""
-    return text.replace("|", "\\|").replace("\n", " ")
+    """Keep text text: Markdown would make emphasis of ``a_b_c`` and end a cell at a bar."""
+    for mark in "\\`*_|<":
+        text = text.replace(mark, f"\\{mark}" if mark != "<" else "&lt;")
+    return text.replace("\n", " ")

@@ -47,7 +47,7 @@ _GROWTH = 1.2
 class TensorBoardSink:
     """Writes every report to TensorBoard's stock tabs.
 
-    - Scalars, Time Series: ``feature_probe/<score>_median/<label>`` and, for the charts,
+    - Scalars, Time Series: ``feature_probe/<label>_median_<score>`` and, for the charts,
       ``feature_probe_bands/...``: median and 10th and 90th percentile over layers of the score and
       of the trace-free cosine, the chance level of the cosine, and the stationarity.
     - Custom Scalars: the same as bands, accounts against each other, cosine against chance.
@@ -192,10 +192,11 @@ class TensorBoardSink:
             tag = f"{ROOT}_heatmaps/{self._score}/{label}"
             self._writer.add_image(tag, picture, report.step, dataformats="HWC")
         for layer in self._matrix_layers(report):
-            found = _layer_matrices(report, layer)
+            found, groups = _layer_matrices(report, layer)
             if found:
                 title = f"{layer_name(layer)}: do these agree? (step {report.step:,})"
-                picture = render_matrices(found, title=title)
+                subtitle = f"group 1 of {groups}" if groups > 1 else ""
+                picture = render_matrices(found, title=title, subtitle=subtitle)
                 tag = f"{ROOT}_matrices/{layer_name(layer).replace('/', '.')}"
                 self._writer.add_image(tag, picture, report.step, dataformats="HWC")
 
@@ -262,15 +263,15 @@ def _heatmap(records: list[Record], history: StepHistory, score: str) -> NDArray
     )
 
 
-def _layer_matrices(report: Report, layer: str) -> dict[str, NDArray[np.float64]]:
-    """The matrices that were kept and measured; the first group's where there are several."""
+def _layer_matrices(report: Report, layer: str) -> tuple[dict[str, NDArray[np.float64]], int]:
+    """The matrices that were kept and measured, of the first group, and the number of groups."""
     found: dict[str, NDArray[np.float64]] = {}
+    groups = 1
     for caption, kind, power in _MATRICES:
         try:
             matrix = report.matrix(layer, kind, power).numpy(force=True)
         except NotMeasuredError:
             continue
         groups = matrix.shape[0] if matrix.ndim == 3 else 1
-        name = caption if groups == 1 else f"{caption} (group 1 of {groups})"
-        found[name] = matrix if groups == 1 else matrix[0]
-    return found
+        found[caption] = matrix[0] if matrix.ndim == 3 else matrix
+    return found, groups
