@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from feature_probe.coverage import Coverage, Measured, ParameterCoverage
 from feature_probe.decay import WeightDecay
 from feature_probe.layers import find_rule
-from feature_probe.moments import Moments, sum_dtype
+from feature_probe.moments import sum_dtype
 from feature_probe.observer import Observer, Window
 from feature_probe.relations import LayerStatistics, Relation, Sum, clamp_tolerance
 from feature_probe.report import Record, Report
@@ -93,7 +93,7 @@ class Assembler:
             loss=None if (index, "loss") in problems else loss,
             weight_decay=self.decay.value(target, self._computed(index)),
             tolerance=clamp_tolerance(dtypes[0] if dtypes else sum_dtype(weight.dtype)),
-            missing=self._missing(index, moments),
+            missing=self._missing(index, window),
         )
 
     def _weight(self, index: int) -> Tensor:
@@ -109,10 +109,12 @@ class Assembler:
             return True
         return index in weights and weights[index] is not target.parameter
 
-    def _missing(self, index: int, moments: Moments) -> dict[Sum, str]:
+    def _missing(self, index: int, window: Window) -> dict[Sum, str]:
         """Why each absent sum is absent."""
         recorder, problems = self.observer.recorder, self.observer.problems
-        if index in recorder.problems:
+        if window.left_out and window.examples == 0:
+            general = "left out after a fault in the probe (see the log)"
+        elif index in recorder.problems:
             general = recorder.problems[index]
         elif index not in recorder.fired:
             general = NEVER_CALLED

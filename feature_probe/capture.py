@@ -143,6 +143,7 @@ class Recorder:
         model: The module whose calls are followed.
         targets: The layers.
         consumer: Who gets the passes and the gradients.
+        keep_inputs: Hold the inputs of layers whose G must be formed from them.
         inject_leaf: Give layer outputs that carry no gradient one, by adding a zero that requires
             it, so that frozen layers can be measured at frozen weights. Never in a training loop.
 
@@ -159,6 +160,7 @@ class Recorder:
         targets: Sequence[Target],
         consumer: Consumer,
         *,
+        keep_inputs: bool = True,
         inject_leaf: bool = False,
     ) -> None:
         self.listening = True
@@ -169,6 +171,7 @@ class Recorder:
         self._targets = targets
         self._consumer = consumer
         self._inject_leaf = inject_leaf
+        self._keep_inputs = keep_inputs
         self._index = {id(m): i for i, target in enumerate(targets) for m in target.modules}
         self._waiting: RemovableHandle | None = None
         self._layer_handles: list[RemovableHandle] = []
@@ -224,6 +227,8 @@ class Recorder:
             leaf = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
             replacement = output = output + leaf
         source = self._gradient_source(index, module, args, kwargs, tap)
+        if not self._keep_inputs:
+            source = (None, 0, None)
         if index not in self.problems:
             anchor, tensor = Anchor.of(output)
             call = Call(index, module, anchor, *source)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from feature_probe.errors import positive_integer
 from feature_probe.jacobian import JacobianSettings
 from feature_probe.models import unwrap
 from feature_probe.moments import sum_dtype
@@ -59,16 +60,23 @@ class Estimate:
 
     def __str__(self) -> str:
         rows = [
-            f"{entry.layer}: {entry.rows} rows, {entry.sum_bytes / 2**20:.2f} MiB"
-            for entry in self.layers
+            f"{entry.layer}: {entry.rows} rows, {_size(entry.sum_bytes)}" for entry in self.layers
         ]
         return "\n".join(
             [
-                f"sums: {self.bytes_held / 2**20:.1f} MiB held, {self.bytes_peak / 2**20:.1f} MiB "
-                f"at most; a step inside a window costs about {self.step_ratio:.2f} plain steps",
+                f"sums: {_size(self.bytes_held)} held, {_size(self.bytes_peak)} at most; "
+                f" a step inside a window costs about {self.step_ratio:.2f} plain steps",
                 *rows,
             ]
         )
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"
 
 
 def estimate_cost(
@@ -102,6 +110,8 @@ def estimate_cost(
     Raises:
         ConfigurationError: as for the probe.
     """
+    positive_integer("window", window)
+    positive_integer("max_dim", max_dim)
     model = unwrap(model)
     targets = find_targets(model, include, exclude)
     needs = frozenset(relation.needs for relation in parse_relations(relations))
@@ -132,8 +142,8 @@ def _layer(
     grams = sum(kind in needs for kind in ("jacobian", "loss")) if target.d_out <= max_dim else 0
     weight = target.groups * target.d_out * target.d_in
     square = target.groups * target.d_out**2
-    parameter = target.parameter
-    size = sum_dtype(torch.float32 if parameter is None else parameter.dtype).itemsize
+    dtypes = [p.dtype for p in target.module.parameters() if p.is_floating_point()]
+    size = sum_dtype(dtypes[0] if dtypes else torch.float32).itemsize
     repeats = products * ("jacobian" in needs) + ("loss" in needs)
     return LayerEstimate(
         layer=target.name,

@@ -68,10 +68,12 @@ class Window:
     Attributes:
         layers: One :class:`Moments` per target.
         examples: n of all passes that a backward pass reached (all passes, where none is due).
+        left_out: Steps that were left out after a fault.
     """
 
     layers: list[Moments]
     examples: int = 0
+    left_out: int = 0
 
     @classmethod
     def empty(cls, targets: Sequence[Target]) -> Window:
@@ -83,6 +85,7 @@ class Window:
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             mine.merge(theirs)
         self.examples += other.examples
+        self.left_out += other.left_out
 
     def nbytes(self) -> int:
         """Bytes held by all sums."""
@@ -117,7 +120,13 @@ class Observer:
         needs_backward: bool = True,
         inject_leaf: bool = False,
     ) -> None:
-        self.recorder = Recorder(model, targets, self, inject_leaf=inject_leaf)
+        self.recorder = Recorder(
+            model,
+            targets,
+            self,
+            keep_inputs="gradient" in settings.needs,
+            inject_leaf=inject_leaf,
+        )
         self.reached: set[int] = set()
         self.problems: dict[tuple[int, Sum], str] = {}
         self.edges: list[GradientEdge] = []

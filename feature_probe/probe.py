@@ -198,6 +198,8 @@ class FeatureProbe:
                 self._optimizer.register_step_post_hook(self._after_step),
             ]
         self._attached = True
+        self._observer.take()
+        self._window, self._steps_in_window = Window.empty(self._targets), 0
         self._arm()
         return self
 
@@ -284,6 +286,7 @@ class FeatureProbe:
         self._validated = True
         if self._spoiled:
             self._spoiled = False
+            self._window.left_out += 1
         else:
             self._add_gradients(fresh)
             self._window.merge(fresh)

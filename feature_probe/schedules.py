@@ -38,8 +38,9 @@ def log_spaced(per_decade: int = 10) -> Schedule:
     def due(step: int) -> bool:
         if step < 1:
             return step == 0
-        exponent = round(math.log10(step) * per_decade)
-        return round(10 ** (exponent / per_decade)) == step
+        nearest = math.log10(step) * per_decade
+        around = (math.floor(nearest), math.ceil(nearest))
+        return any(round(10 ** (exponent / per_decade)) == step for exponent in around)
 
     return due
 

@@ -118,6 +118,8 @@ def _criteria(selection: Selection) -> Iterable[Criterion]:
         return ()
     if isinstance(selection, (str, re.Pattern, type)) or callable(selection):
         return (selection,)
+    if not isinstance(selection, Iterable):
+        raise _no_criterion(selection)
     return selection
 
 
@@ -130,8 +132,12 @@ def _matches(criterion: Criterion, name: str, module: nn.Module) -> bool:
         return isinstance(module, criterion)
     if callable(criterion):
         return bool(criterion(name, module))
-    raise ConfigurationError(
-        f"a layer is chosen by glob, compiled pattern, type or predicate, got {criterion!r}"
+    raise _no_criterion(criterion)
+
+
+def _no_criterion(given: object) -> ConfigurationError:
+    return ConfigurationError(
+        f"a layer is chosen by glob, compiled pattern, type or predicate, got {given!r}"
     )
 
 

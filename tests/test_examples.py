@@ -116,9 +116,9 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 
 def test_quickstart_prints_every_layer(quickstart: tuple[str, Path]) -> None:
     """The table has a row of finite cosines for each layer."""
-    rows = re.findall(r"^(\d+)((?:\s+-?\d\.\d+)+)\s*$", quickstart[0], flags=re.MULTILINE)
+    rows = re.findall(r"^(\d+)((?: +[-.\d()]+)+)$", quickstart[0], flags=re.MULTILINE)
     assert [layer for layer, _ in rows] == LAYERS
-    cosines = [float(cell) for _, cells in rows for cell in cells.split()]
+    cosines = [float(cell.strip("()")) for _, cells in rows for cell in cells.split()]
     assert all(-1.001 <= cosine <= 1.001 for cosine in cosines)
 
 
@@ -147,7 +147,7 @@ def test_quickstart_writes_event_files(quickstart: tuple[str, Path]) -> None:
     events = EventAccumulator(str(quickstart[1])).Reload()
     tags = events.Tags()
     for label in ("fact", "bfact", "nfa^0.5", "nfa^1", "enfa^0.5", "enfa^1"):
-        curve = events.Scalars(f"feature_probe/cosine_median/{label}")
+        curve = events.Scalars(f"feature_probe/{label}_median_cosine")
         assert [event.step for event in curve] == [0, 20, 40]
         assert all(math.isfinite(event.value) for event in curve)
         assert [tag for tag in tags["images"] if tag.endswith(f"/{label}")], f"no {label} picture"

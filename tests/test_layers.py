@@ -312,6 +312,55 @@ def test_timm_conv2d_same_pads_like_tensorflow() -> None:
         assert report.record("0", "fact").premise == expected.record("1", "fact").premise
 
 
+class DoubledConv(nn.Conv2d):
+    """A subclass whose effective weight is twice its parameter."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, 2 * weight, bias)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": (2, 4), "padding": "same"},
+        {"kernel_size": (2, 3), "padding": "same", "dilation": (3, 1)},
+        {"kernel_size": (3, 2), "padding": (0, 2), "stride": (1, 2)},
+        {"kernel_size": (2, 3), "padding": (2, 1), "padding_mode": "circular"},
+        {"kernel_size": 2, "padding": "valid", "groups": 2},
+        {"kernel_size": (2, 4), "padding": "same", "padding_mode": "reflect"},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_the_geometry_of_an_intercepted_convolution(options: dict[str, Any]) -> None:
+    """gᵀh follows padding, stride and dilation of the call: it is G of a plain convolution."""
+    torch.manual_seed(2)
+    layer, plain = DoubledConv(2, 4, **options).double(), nn.Conv2d(2, 4, **options).double()
+    with torch.no_grad():
+        plain.weight.copy_(2 * layer.weight)
+        plain.bias.copy_(layer.bias)
+    x = normal(5, 2, 4, 5)
+    tail = nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(plain(x)[0].numel(), 2)).double()
+    y = normal(5, 2, seed=1)
+    report = run_measure(nn.Sequential(layer, *tail), x, y)
+    expected = run_measure(nn.Sequential(plain, *tail), x, y)
+    for kind in MATRICES:
+        torch.testing.assert_close(report.matrix("0", kind), expected.matrix("0", kind))
+
+
+@pytest.mark.parametrize("kind", [StdConv2d, ScaledStdConv2d])
+def test_the_decay_of_a_standardised_weight_is_not_known(kind: Callable[..., nn.Module]) -> None:
+    """The optimizer's λ acts on the parameter, not on the standardised weight."""
+    model = std_conv(kind)
+    x, y = normal(5, 2, 4, 5), normal(5, 2, seed=1)
+    model(x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=LAMBDA)
+    report = run_measure(model, x, y, weight_decay=None, optimizer=optimizer)
+    assert math.isnan(report.record("0", "fact").weight_decay)
+    assert math.isnan(report.record("0", "fact").residual)
+    assert report.record("3", "fact").weight_decay == LAMBDA
+
+
 class NamedLinear(nn.Linear):
     """A subclass that changes nothing of the computation."""
 

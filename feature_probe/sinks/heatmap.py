@@ -94,7 +94,7 @@ def render_matrices(
     sides = sorted({block_side(matrix, max_side) for matrix in matrices.values()} - {1})
     blocks = " or ".join(f"{side} x {side}" for side in sides)
     cells = f"a cell is the mean of {blocks} entries" if sides else ""
-    _heading(canvas, title, "; ".join(filter(None, [subtitle, cells, "own colours each"])))
+    _heading(canvas, title, "; ".join(filter(None, [subtitle, cells, "each its own colour scale"])))
     for index, (caption, matrix) in enumerate(matrices.items()):
         x = _MARGIN + (index % _PER_LINE) * (_PANEL + _PANEL_GAP)
         y = top + (index // _PER_LINE) * pitch

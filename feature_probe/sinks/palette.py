@@ -56,9 +56,8 @@ def colourise(values: NDArray[np.float64], limit: float = 1.0) -> NDArray[np.uin
     """
     defined = np.isfinite(values)
     scaled = np.clip(np.where(defined, values, 0.0) / limit, -1.0, 1.0)
-    colours: NDArray[np.uint8] = diverging_map()[np.rint(scaled * _HALF).astype(np.int64) + _HALF]
-    colours[~defined] = UNDEFINED
-    return colours
+    colours = diverging_map()[np.rint(scaled * _HALF).astype(np.int64) + _HALF]
+    return np.where(defined[..., None], colours, np.array(UNDEFINED, dtype=np.uint8))
 
 
 def _arm(nodes: tuple[tuple[float, float, float], ...]) -> NDArray[np.float64]:

@@ -7,6 +7,7 @@ with (medians) stand in ``feature_probe``, what the charts need beside them in
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,11 @@ ROOT = "feature_probe"
 STATIONARITY = "stationarity"
 TRACE_FREE = "trace_free_cosine"
 _BINS = 40
-Layout = dict[str, dict[str, list[str | list[str]]]]
+# TensorBoard gives all lines of a run one colour and no legend.
+_HOVER = "hover over a line for its name"
+#: Kind of chart and its tags, as ``SummaryWriter.add_custom_scalars`` takes them.
+Chart = list[str | list[str]]
+Layout = dict[str, dict[str, Chart]]
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,17 @@ def band_scalars(report: Report, score: str) -> dict[str, float]:
             levels = defined([chance_level(record) for record in records])
             if levels.size:
                 scalars[band_tag(score, label, "chance")] = float(np.median(levels))
-    layers = {record.layer: record.stationarity for record in report.records}
-    return scalars | _band(_band_tags(STATIONARITY, "", True), list(layers.values()))
+    distances = list(stationarity_by_layer(report).values())
+    return scalars | _band(_band_tags(STATIONARITY, "", True), distances)
+
+
+def stationarity_by_layer(report: Report) -> dict[str, float]:
+    """Each layer's stationarity, from whichever of its records has it, else NaN."""
+    found: dict[str, float] = {}
+    for record in report.records:
+        if math.isnan(found.get(record.layer, math.nan)):
+            found[record.layer] = record.stationarity
+    return found
 
 
 def layer_scalars(report: Report, score: str) -> dict[str, float]:
@@ -116,36 +130,22 @@ def custom_scalars_layout(labels: Sequence[str], score: str = "cosine") -> Layou
     A run has one such page: whoever has one already merges the two dictionaries and writes the
     result, with ``TensorBoardSink(..., layout=False)``.
     """
+    median = f"{ROOT}: median {SCORE_NAMES[score]} over layers"
     layout: Layout = {}
-    multiline: dict[str, list[str | list[str]]] = {}
-    for side, gram in (("forward", "W^T W"), ("backward", "W W^T")):
-        tags = [
-            f"^{re.escape(median_tag(score, label))}$"
-            for label in labels
-            if RELATIONS[label.partition("^")[0]].side == side
-        ]
-        if len(tags) > 1:
-            multiline[f"accounts of {gram}: median {SCORE_NAMES[score]} over layers"] = [
-                "Multiline", tags,
-            ]  # fmt: skip
-    if multiline:
-        layout[f"{ROOT}: which account agrees best?"] = multiline
+    accounts = _account_charts(labels, score)
+    if accounts:
+        layout[f"{median}: which account agrees best? ({_HOVER})"] = accounts
     for charted in charted_scores(score):
-        title = f"{ROOT}: {SCORE_NAMES[charted]}, median over layers and 10-90 % band"
-        layout[title] = {
+        layout[f"{ROOT}: {SCORE_NAMES[charted]}, median over layers and 10-90 % band"] = {
             # TensorBoard shows margin charts last first.
             label: _margin(charted, label, charted == score)
             for label in reversed(labels)
         }
     if score == "cosine":
-        layout[f"{ROOT}: median cosine, and the level that chance alone would give"] = {
-            f"{label}: cosine and chance": [
-                "Multiline",
-                [
-                    f"^{re.escape(tag)}$"
-                    for tag in (median_tag(score, label), band_tag(score, label, "chance"))
-                ],
-            ]
+        layout[f"{median} beside the level that chance alone would give ({_HOVER})"] = {
+            f"{label}: cosine and chance": _multiline(
+                [median_tag(score, label), band_tag(score, label, "chance")]
+            )
             for label in labels
         }
     layout[f"{ROOT}: |decay*W + G| / |decay*W| (0 = stationary, where FACT must hold)"] = {
@@ -166,7 +166,23 @@ def _band_tags(quantity: str, label: str, has_card: bool) -> tuple[str, str, str
     return middle, band_tag(quantity, label, "p10"), band_tag(quantity, label, "p90")
 
 
-def _margin(quantity: str, label: str, has_card: bool) -> list[str | list[str]]:
+def _account_charts(labels: Sequence[str], score: str) -> dict[str, Chart]:
+    """One chart per side of the weight that has several accounts to compare."""
+    charts: dict[str, Chart] = {}
+    for side, gram in (("forward", "W^T W"), ("backward", "W W^T")):
+        chosen = [label for label in labels if RELATIONS[label.partition("^")[0]].side == side]
+        if len(chosen) > 1:
+            tags = [median_tag(score, label) for label in chosen]
+            charts[f"accounts of {gram}"] = _multiline(tags)
+    return charts
+
+
+def _multiline(tags: Sequence[str]) -> Chart:
+    # TensorBoard takes them for patterns, and matches beginnings.
+    return ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]]
+
+
+def _margin(quantity: str, label: str, has_card: bool) -> Chart:
     return ["Margin", list(_band_tags(quantity, label, has_card))]
 
 

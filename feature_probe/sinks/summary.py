@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from feature_probe.relations import RELATIONS
 from feature_probe.report import Record, Report
-from feature_probe.sinks.series import by_label, defined
-from feature_probe.sinks.wording import SCORE_NAMES, chance_level, layer_name
+from feature_probe.sinks.series import by_label, defined, stationarity_by_layer
+from feature_probe.sinks.wording import SCORE_NAMES, chance_level, chance_meaning, layer_name
 
 _BRACKETS = (
     " In brackets: the cosine that chance alone would give, because two matrices with only "
     "positive eigenvalues never have a cosine near 0. A cosine means agreement only where it is "
     "well above its bracket."
+)
+_SYMBOLS = (
+    "W: the layer's weight, h: its input, λ: weight decay, ℓ: an example's loss, f: the model's "
+    "output, G: ∂loss/∂W without decay, n: examples; K and E: the second moments of ∂f/∂(Wh) and "
+    "∂ℓ/∂(Wh)."
 )
 _STATIONARITY = "‖λW+G‖/‖λW‖"
 
@@ -24,6 +31,7 @@ def summary_markdown(report: Report, score: str = "cosine") -> str:
         _introduction(score),
         _scores(report, score),
         "### What the columns compare",
+        _SYMBOLS,
         _columns(report),
         *_listed("### Notes", report.notes()),
         *_listed("### Coverage of the model's weight matrices", str(report.coverage).splitlines()),
@@ -45,7 +53,7 @@ def _introduction(score: str) -> str:
 
 def _scores(report: Report, score: str) -> str:
     cells = {(record.layer, record.label): record for record in report.records}
-    stationarity = {record.layer: record.stationarity for record in report.records}
+    stationarity = stationarity_by_layer(report)
     is_decayed = bool(defined(list(stationarity.values())).size)
     rows = [["layer", *report.labels, *([_STATIONARITY] if is_decayed else [])]]
     for layer in report.layers:
@@ -61,20 +69,17 @@ def _scores(report: Report, score: str) -> str:
 
 
 def _columns(report: Report) -> str:
-    rows = [["column", "says that", "where chance is", "source"]]
+    rows = [["column", "says that", "chance level", "source"]]
     for label, records in by_label(report).items():
         relation = RELATIONS[records[0].relation]
         power = "" if records[0].power is None else f", s = {records[0].power:g}"
-        shared = relation.name in ("nfa", "enfa")
-        chance = "the same W with random eigenvectors of the other factor" if shared else (
-            "a random rotation of one of the two"
-        )  # fmt: skip
-        rows.append([label, f"{relation.equation}{power}", chance, relation.source])
+        equation = f"{relation.equation}{power}"
+        rows.append([label, equation, chance_meaning(relation), relation.source])
     rows.append(
         [
             _STATIONARITY,
             "0 at a stationary point of the loss with weight decay λ, where FACT and bFACT must "
-            "hold; G is the gradient of the loss without decay",
+            "hold",
             "",
             "",
         ]
@@ -87,11 +92,7 @@ def _cell(record: Record | None, score: str) -> str:
         return ""
     value = float(getattr(record, score))
     chance = chance_level(record) if score == "cosine" else math.nan
-    bracket = (
-        f"\N{NO-BREAK SPACE}({chance:.2f})"
-        if math.isfinite(chance) and math.isfinite(value)
-        else ""
-    )
+    bracket = f" ({chance:.2f})" if math.isfinite(chance) and math.isfinite(value) else ""
     return _number(value, ".3f") + bracket
 
 
@@ -100,11 +101,8 @@ def _number(value: float, form: str) -> str:
 
 
 def _middle(values: list[float], form: str = ".3f") -> str:
-    known = sorted(defined(values))
-    if not known:
-        return "-"
-    middle = len(known) // 2
-    return format((known[middle] + known[~middle]) / 2, form)
+    known = defined(values)
+    return format(float(np.median(known)), form) if known.size else "-"
 
 
 def _table(rows: list[list[str]], alignment: str) -> str:

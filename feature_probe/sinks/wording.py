@@ -46,8 +46,15 @@ def chance_level(record: Record) -> float:
 
     nfa, enfa: with the same W and random eigenvectors of K or E; else under a random rotation.
     """
-    shared = record.relation in _SHARED_WEIGHT
-    return record.shared_weight_cosine if shared else record.chance_cosine
+    is_shared = record.relation in _SHARED_WEIGHT
+    return record.shared_weight_cosine if is_shared else record.chance_cosine
+
+
+def chance_meaning(relation: Relation) -> str:
+    """What :func:`chance_level` stands for, in words."""
+    if relation.name in _SHARED_WEIGHT:
+        return "the same W with random eigenvectors of K or E"
+    return "a random rotation of one of the two"
 
 
 def layer_name(layer: str) -> str:
