@@ -41,8 +41,8 @@ $(RUN_READY): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) -e .
 	touch $@
 
-$(DEV_READY): pyproject.toml constraints.txt tools/torchvision_stub.py | $(BIN)/python
+$(DEV_READY): pyproject.toml constraints.txt tests/torchvision_stub.py | $(BIN)/python
 	@echo "Installing feature_probe and its development tools into $(VENV) (a few minutes the first time)"
 	$(PIP_INSTALL) -e '.[dev]'
-	$(BIN)/python tools/torchvision_stub.py
+	$(BIN)/python tests/torchvision_stub.py
 	touch $(RUN_READY) $@

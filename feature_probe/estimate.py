@@ -65,7 +65,7 @@ class Estimate:
         return "\n".join(
             [
                 f"sums: {_size(self.bytes_held)} held, {_size(self.bytes_peak)} at most; "
-                f" a step inside a window costs about {self.step_ratio:.2f} plain steps",
+                f"a step inside a window costs about {self.step_ratio:.2f} plain steps",
                 *rows,
             ]
         )

@@ -2,42 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
+import torchvision_stub  # noqa: F401  (lets a CUDA torchvision import beside CPU torch)
 
 torch.set_num_threads(1)
-
-
-def _define_torchvision_operators() -> torch.library.Library | None:
-    """Declare the two operators that torchvision's Python half expects of its compiled half.
-
-    The only torchvision wheels at hand are CUDA builds: their ``_C.so`` does not load beside
-    torch+cpu, and ``import torchvision`` (hence ``import timm``) fails for want of two schemas.
-    Nothing is declared where torchvision is missing or its compiled half loads.
-
-    Returns:
-        The library that holds the schemas; they vanish when it does.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        return None
-    compiled = sorted(Path(spec.origin).parent.glob("_C*.so"))
-    try:
-        for path in compiled:
-            torch.ops.load_library(str(path))
-    except OSError:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return library
-    return None
-
-
-_TORCHVISION = _define_torchvision_operators()
 
 
 @pytest.fixture(autouse=True)

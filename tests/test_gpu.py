@@ -96,9 +96,7 @@ def test_training_is_bit_identical_on_the_device(dtype: torch.dtype | None) -> N
     random_plain = torch.cuda.get_rng_state()
     report = train(probed, 12, dtype, probed=True)
     assert torch.equal(random_plain, torch.cuda.get_rng_state())
-    for (name, a), b in zip(
-        plain.state_dict().items(), probed.state_dict().values(), strict=True
-    ):
+    for (name, a), b in zip(plain.state_dict().items(), probed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert report is not None
     assert report.step == 10
@@ -121,9 +119,7 @@ def test_bf16_scores_are_near_the_float64_ones() -> None:
             return out, F.cross_entropy(out, batch[1])
 
     low = measure(model, [(x, y)], forward=autocast, weight_decay=1e-2, progress=False)
-    high = measure(
-        exact, [(x.double(), y)], F.cross_entropy, weight_decay=1e-2, progress=False
-    )
+    high = measure(exact, [(x.double(), y)], F.cross_entropy, weight_decay=1e-2, progress=False)
     for a, b in zip(low.records, high.records, strict=True):
         assert a.cosine == pytest.approx(b.cosine, abs=0.02), (a, b)
 

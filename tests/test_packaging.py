@@ -107,4 +107,4 @@ def test_torchvision_stub_lets_timm_import() -> None:
     """With the stub of the development environment, a fresh Python can import timm."""
     pytest.importorskip("timm")
     code = "import torchvision_stub, timm; print(timm.create_model('resnet18', num_classes=2).fc)"
-    assert "out_features=2" in _run(sys.executable, "-c", code, PYTHONPATH=str(ROOT / "tools"))
+    assert "out_features=2" in _run(sys.executable, "-c", code, PYTHONPATH=str(ROOT / "tests"))
