@@ -103,6 +103,10 @@ class Assembler:
             return torch.full((target.groups, target.d_out, target.d_in), float("nan"))
         return target.rule.matrix(target.module, weight.detach())
 
+    def _frozen(self, index: int) -> bool:
+        parameter = self.targets[index].parameter
+        return parameter is not None and not parameter.requires_grad
+
     def _computed(self, index: int) -> bool:
         target, weights = self.targets[index], self.observer.recorder.weights
         if target.parameter is None:
@@ -118,6 +122,8 @@ class Assembler:
             general = recorder.problems[index]
         elif index not in recorder.fired:
             general = NEVER_CALLED
+        elif index not in self.observer.reached and self._frozen(index):
+            general = f"{NO_GRADIENT}: frozen, like all below it (measure() can see it)"
         else:
             general = NO_GRADIENT
         missing: dict[Sum, str] = {}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ from feature_probe.errors import positive_integer
 from feature_probe.jacobian import JacobianSettings
 from feature_probe.models import unwrap
 from feature_probe.moments import sum_dtype
+from feature_probe.observer import select_output
 from feature_probe.relations import Sum, parse_relations
 from feature_probe.targets import Selection, Target, find_targets
 
@@ -86,6 +86,7 @@ def estimate_cost(
     relations: Iterable[str] | str = ("fact", "bfact", "nfa", "enfa"),
     include: Selection = None,
     exclude: Selection = None,
+    output: Callable[[Any], Any] | None = None,
     jacobian: Literal["exact", "random"] = "random",
     num_probes: int = 1,
     window: int = 4,
@@ -102,6 +103,7 @@ def estimate_cost(
         relations: As for the probe; likewise the options below.
         include: Layers to measure.
         exclude: Layers to leave out.
+        output: Picks f out of what the model returns; "exact" counts its coordinates.
         jacobian: "exact" or "random".
         num_probes: Random products per forward pass.
         window: Steps per window; with one, no second set of sums is held.
@@ -116,7 +118,7 @@ def estimate_cost(
     targets = find_targets(model, include, exclude)
     needs = frozenset(relation.needs for relation in parse_relations(relations))
     settings = JacobianSettings(jacobian, num_probes)
-    rows, products = _run(model, targets, sample, settings)
+    rows, products = _run(model, targets, sample, settings, output)
     layers = tuple(
         _layer(target, count, needs, products, max_dim)
         for target, count in zip(targets, rows, strict=True)
@@ -155,7 +157,11 @@ def _layer(
 
 
 def _run(
-    model: nn.Module, targets: list[Target], sample: Any, settings: JacobianSettings
+    model: nn.Module,
+    targets: list[Target],
+    sample: Any,
+    settings: JacobianSettings,
+    output: Callable[[Any], Any] | None,
 ) -> tuple[list[int], int]:
     """Rows of every target in one forward pass, and Jacobian products per pass."""
     rows = [0] * len(targets)
@@ -180,5 +186,6 @@ def _run(
             handle.remove()
         for module, training in modes:
             module.training = training
-    outputs = math.prod(out.shape[1:]) if isinstance(out, Tensor) else 1
-    return rows, outputs if settings.kind == "exact" else settings.num_probes
+    if settings.kind == "random":
+        return rows, settings.num_probes
+    return rows, settings.products(select_output(out, output))

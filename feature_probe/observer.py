@@ -158,7 +158,7 @@ class Observer:
 
     def on_forward(self, forward: ForwardPass, output: Any) -> None:
         """Read n from the output and stage K by vector-Jacobian products of it."""
-        f = self._select(output)
+        f = select_output(output, self._settings.output)
         forward.examples = f.shape[0]
         if "jacobian" in self._settings.needs:
             self._settings.jacobian.check(f)
@@ -199,19 +199,6 @@ class Observer:
         for index, moments in forward.staged.items():
             self._window.layers[index].merge(moments)
         forward.staged = {}
-
-    def _select(self, output: Any) -> Tensor:
-        f = output if self._settings.output is None else self._settings.output(output)
-        if not isinstance(f, Tensor):
-            raise ConfigurationError(_no_tensor(output, f, self._settings.output is None))
-        if f.dim() == 0:
-            raise ConfigurationError(
-                "the model's output is a scalar (a loss?); give output= to pick the tensor f of "
-                "shape [n, ...] whose Jacobian is meant, e.g. output=lambda out: out[1]"
-            )
-        if not f.is_floating_point():
-            raise ConfigurationError(f"the model's output has dtype {f.dtype}; f must be floating")
-        return f
 
     def _stage_jacobian(self, forward: ForwardPass, f: Tensor) -> None:
         pairs = [
@@ -295,6 +282,25 @@ class Observer:
 
 def _accumulate(sums: dict[int, Tensor], index: int, rows: Tensor) -> None:
     sums[index] = sums[index] + rows if index in sums else rows
+
+
+def select_output(output: Any, chooser: Callable[[Any], Any] | None) -> Tensor:
+    """The tensor f ``[n, ...]`` in what a model returned.
+
+    Raises:
+        ConfigurationError: if there is no floating tensor with an example axis.
+    """
+    f = output if chooser is None else chooser(output)
+    if not isinstance(f, Tensor):
+        raise ConfigurationError(_no_tensor(output, f, chooser is None))
+    if f.dim() == 0:
+        raise ConfigurationError(
+            "the model's output is a scalar (a loss?); give output= to pick the tensor f of "
+            "shape [n, ...] whose Jacobian is meant, e.g. output=lambda out: out[1]"
+        )
+    if not f.is_floating_point():
+        raise ConfigurationError(f"the model's output has dtype {f.dtype}; f must be floating")
+    return f
 
 
 def _no_tensor(output: Any, chosen: Any, direct: bool) -> str:

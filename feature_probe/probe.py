@@ -51,9 +51,9 @@ class FeatureProbe:
     :mod:`feature_probe.relations`.
 
     In the loop a report is an estimate: over the minibatches of ``window`` steps, with the weights
-    of the last of them. G is the mean over steps of ``param.grad`` as the optimizer sees it (so
-    clipping and accumulation are in it), K and E are means over examples. For the definitions at
-    frozen weights over a whole data set use :func:`feature_probe.measure`.
+    of the last of them. G is the mean of ``param.grad`` as the optimizer sees it (so clipping and
+    accumulation are in it) over the steps in which there was one; K and E are means over examples.
+    For the definitions at frozen weights over a whole data set use :func:`feature_probe.measure`.
 
     Args:
         model: The module whose ``forward`` the loop calls.
@@ -184,7 +184,10 @@ class FeatureProbe:
         return self._attached
 
     def attach(self) -> FeatureProbe:
-        """Start watching; the model's next forward pass is step 0's.
+        """Start watching, with an empty window.
+
+        The model's next forward pass is step 0's. Attached again, the probe goes on counting where
+        :meth:`detach` left off; steps in between are not counted.
 
         Raises:
             ConfigurationError: if attached already, or if ``log_dir`` cannot be written.

@@ -161,13 +161,16 @@ class Report:
             NotMeasuredError: if no record, or more than one, matches.
         """
         found = self.select(layer, relation, power)
-        if len(found) != 1:
-            raise NotMeasuredError(
-                f"{len(found)} records match layer {layer!r}, relation {relation!r}, "
-                f"power {power!r}; layers: {', '.join(self.layers)}; "
-                f"relations: {', '.join(self.labels)}"
-            )
-        return found[0]
+        if len(found) == 1:
+            return found[0]
+        asked = f"layer {layer!r}, relation {relation!r}, power {power!r}"
+        if found:
+            powers = ", ".join(f"power={record.power}" for record in found)
+            raise NotMeasuredError(f"several records match {asked}: give one of {powers}")
+        raise NotMeasuredError(
+            f"no record matches {asked}; layers: {', '.join(self.layers)}; "
+            f"relations: {', '.join(self.labels)}"
+        )
 
     def matrix(self, layer: str, kind: str, power: float | None = None) -> Tensor:
         """A layer's matrix in full, float64: memory quadratic in its side.

@@ -384,20 +384,6 @@ def scores(a: Tensor, x: Tensor, *, equality: bool, weight_decay: float) -> Scor
     )
 
 
-def shared_weight_cosine(w: Tensor, k_matrix: Tensor) -> float:
-    """MATH.md §3, s = 1, one block: cosine of WᵀW and WᵀQKQᵀW for a random rotation Q."""
-    gram = w @ w.T
-    k = gram.shape[0]
-    if k == 1:
-        return math.nan
-    tr_k, tr_k2 = k_matrix.trace(), (k_matrix @ k_matrix).trace()
-    tr_l, tr_l2 = gram.trace(), (gram @ gram).trace()
-    b = (k * tr_k2 - tr_k**2) / (k * (k - 1) * (k + 2))
-    a = (tr_k**2 - 2 * k * b) / k**2
-    squared_norm = a * tr_l2 + b * (tr_l2 + tr_l**2)
-    return float(tr_k / k * tr_l2 / (tr_l2 * squared_norm).sqrt())
-
-
 def rotated_cosines(w: Tensor, k_matrix: Tensor, power: float, draws: int, seed: int) -> Tensor:
     """cos(WᵀW, (WᵀQKQᵀW)ˢ) for random rotations Q."""
     generator = torch.Generator().manual_seed(seed)

@@ -235,6 +235,17 @@ def test_a_tuple_is_several_arguments() -> None:
     assert [layer.rows for layer in estimate.layers] == [4]
 
 
+def test_exact_jacobians_need_to_know_the_output() -> None:
+    """An output that is no tensor is refused with "exact", unless output= picks f out of it."""
+    sample = (torch.ones(4, 3), torch.ones(3))
+    with pytest.raises(ConfigurationError, match="output="):
+        FeatureProbe.estimate(TwoInputs(), sample, jacobian="exact")
+    options = {"relations": "nfa", "output": lambda out: out["logits"]}
+    exact = FeatureProbe.estimate(TwoInputs(), sample, jacobian="exact", **options)
+    one = FeatureProbe.estimate(TwoInputs(), sample, **options)
+    assert exact.layers[0].gram_flops == 2 * one.layers[0].gram_flops > 0
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

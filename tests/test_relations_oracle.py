@@ -552,21 +552,22 @@ def test_counts(name: str) -> None:
 @pytest.mark.parametrize("relation", ["nfa", "enfa"])
 @pytest.mark.parametrize("name", ["linear [n,d]", "linear wide to narrow", "conv2d", "attention"])
 def test_shared_weight_cosine(name: str, relation: str) -> None:
-    """The level of K with random eigenvectors is MATH §3's at s=1, near Monte Carlo's at s=½."""
+    """The level of K with random eigenvectors is that of a Monte Carlo with rotations of its own.
+
+    These layers are narrow, where the closed form at s = 1 would be up to 0.025 low.
+    """
     _, rows = solved(name)
     report = measured(name, "expand")
     of = "output" if relation == "nfa" else "loss"
     checked = 0
     for layer, layer_rows in rows.items():
         k_matrix = oracle.mean_gradient_square(layer_rows, of, "output")[0]
-        expected = oracle.shared_weight_cosine(layer_rows.weight[0], k_matrix)
-        found = report.record(layer, relation, 1.0).shared_weight_cosine
-        assert abs(found - expected) < 1e-9, layer
-        sampled = oracle.rotated_cosines(layer_rows.weight[0], k_matrix, 0.5, draws=300, seed=3)
-        found = report.record(layer, relation, 0.5).shared_weight_cosine
-        # the library draws 8 rotations: five of its standard errors
-        allowed = 5 * float(sampled.std()) / 8**0.5 + 1e-6
-        assert abs(found - float(sampled.mean())) < allowed, layer
+        for power in (0.5, 1.0):
+            sampled = oracle.rotated_cosines(layer_rows.weight[0], k_matrix, power, 300, seed=3)
+            found = report.record(layer, relation, power).shared_weight_cosine
+            # both are means of about 300 rotations: five standard errors of their difference
+            allowed = 5 * float(sampled.std()) * (1 / 256 + 1 / 300) ** 0.5 + 1e-6
+            assert abs(found - float(sampled.mean())) < allowed, (layer, power)
         checked += 1
     assert checked == len(report.layers)
 

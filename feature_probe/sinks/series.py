@@ -2,7 +2,7 @@
 
 Tags: only the first path segment groups cards in TensorBoard, so the few series a reader starts
 with (medians) stand in ``feature_probe``, what the charts need beside them in
-``feature_probe_bands``.
+``feature_probe.bands``. With a dot, as TensorBoard sorts "_" like "/" and would show that first.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def median_tag(quantity: str, label: str = "") -> str:
 
 def band_tag(quantity: str, label: str, level: str) -> str:
     """Tag of another level over layers: p10, p90, chance; p50 where no card should be spent."""
-    return "/".join(part for part in (f"{ROOT}_bands", quantity, label, level) if part)
+    return "/".join(part for part in (f"{ROOT}.bands", quantity, label, level) if part)
 
 
 def layer_tag(record: Record, score: str) -> str:
     """Tag of one layer's score; a slash in a name would open a group of its own."""
-    return f"{ROOT}.{layer_name(record.layer).replace('/', '.')}/{record.label}_{score}"
+    return f"{ROOT}.layers.{layer_name(record.layer).replace('/', '.')}/{record.label}_{score}"
 
 
 def charted_scores(score: str) -> tuple[str, ...]:

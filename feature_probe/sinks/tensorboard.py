@@ -48,11 +48,11 @@ class TensorBoardSink:
     """Writes every report to TensorBoard's stock tabs.
 
     - Scalars, Time Series: ``feature_probe/<label>_median_<score>`` and, for the charts,
-      ``feature_probe_bands/...``: median and 10th and 90th percentile over layers of the score and
+      ``feature_probe.bands/...``: median and 10th and 90th percentile over layers of the score and
       of the trace-free cosine, the chance level of the cosine, and the stationarity.
     - Custom Scalars: the same as bands, accounts against each other, cosine against chance.
-    - Images: ``feature_probe_heatmaps/<score>/<label>``, layers × all steps so far.
-    - Distributions, Histograms: ``feature_probe_distributions/<score>/<label>``, over layers.
+    - Images: ``feature_probe.heatmaps/<score>/<label>``, layers × all steps so far.
+    - Distributions, Histograms: ``feature_probe.distributions/<score>/<label>``, over layers.
     - Text: ``feature_probe/summary``, the last table, what its numbers mean, and its gaps.
 
     An undefined score is left out of percentiles and histograms, grey in pictures, a dash in the
@@ -80,8 +80,8 @@ class TensorBoardSink:
             log_dir: Folder for an event file of our own.
             writer: The user's ``SummaryWriter`` instead: written to and flushed, never closed, as a
                 second event file beside the user's would stop TensorBoard reading the first.
-            layer_scalars: Also one series per layer and relation, ``feature_probe.<layer>/...``.
-                That is many cards beyond about a dozen layers.
+            layer_scalars: Also one series per layer and relation, in groups of cards by layer,
+                ``feature_probe.layers.<layer>/...``: many beyond about a dozen layers.
             matrices: Names or glob patterns of layers whose matrices WᵀW, FACT, √AGOP and √eNFA are
                 drawn; needs ``keep_matrices=True`` in the probe. Time cubic, memory quadratic in
                 the layer's width.
@@ -170,7 +170,7 @@ class TensorBoardSink:
         bins = histogram(scores)
         if bins is not None:
             self._writer.add_histogram_raw(
-                f"{ROOT}_distributions/{self._score}/{label}",
+                f"{ROOT}.distributions/{self._score}/{label}",
                 min=bins.low,
                 max=bins.high,
                 num=bins.count,
@@ -189,7 +189,7 @@ class TensorBoardSink:
         self._writer.add_text(f"{ROOT}/summary", text, report.step)
         for label, records in by_label(report).items():
             picture = _heatmap(records, self._histories[label], self._score)
-            tag = f"{ROOT}_heatmaps/{self._score}/{label}"
+            tag = f"{ROOT}.heatmaps/{self._score}/{label}"
             self._writer.add_image(tag, picture, report.step, dataformats="HWC")
         for layer in self._matrix_layers(report):
             found, groups = _layer_matrices(report, layer)
@@ -197,7 +197,7 @@ class TensorBoardSink:
                 title = f"{layer_name(layer)}: do these agree? (step {report.step:,})"
                 subtitle = f"group 1 of {groups}" if groups > 1 else ""
                 picture = render_matrices(found, title=title, subtitle=subtitle)
-                tag = f"{ROOT}_matrices/{layer_name(layer).replace('/', '.')}"
+                tag = f"{ROOT}.matrices/{layer_name(layer).replace('/', '.')}"
                 self._writer.add_image(tag, picture, report.step, dataformats="HWC")
 
     def _matrix_layers(self, report: Report) -> list[str]:
