@@ -2,7 +2,7 @@
 
 All scores are functions of inner products, traces and sums of :class:`Factored` matrices, taken
 over the entries *inside* the diagonal blocks; a block-diagonal weight's zeros outside its blocks
-are no data (MATH §2). Undefined numbers are NaN with a reason.
+are no data. Undefined numbers are NaN with a reason.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Agreement:
         cosine: ⟨A, X⟩/(‖A‖‖X‖).
         trace_free_cosine: The cosine after (tr/d)·I is taken off every block of both.
         chance_cosine: The cosine expected under a random rotation of the basis,
-            Σ_b (tr A_b tr X_b/d)/(‖A‖‖X‖), closed form (MATH §3).
+            Σ_b (tr A_b tr X_b/d)/(‖A‖‖X‖), closed form.
         scale: c of the best least-squares fit A ≈ c·X.
         reason: Why any of them is NaN, "" if none is.
     """
@@ -120,11 +120,12 @@ def shared_weight_cosine(
 ) -> float:
     """Cosine of WᵀW with (WᵀQKQᵀW)ˢ, Q a random rotation: what K with random eigenvectors gets.
 
-    The control of the papers (papers/centered_nfa.md): the W that both sides share is kept, only
-    K's eigenvectors are drawn anew. For s = 1 the closed form of MATH §3, a ratio of expectations,
-    where d_out > 64; it is up to 0.025 low for narrower layers. Otherwise the mean over draws, 256
-    where d_out ≤ 16 down to 1 from 256 on: the spread of one draw falls with the width, and the
-    mean is good to about 0.01.
+    The control of Beaglehole, Mitliagkas and Agarwala, "Gradient descent induces alignment between
+    weights and the pre-activation tangents": the W that both sides share is kept, only K's
+    eigenvectors are drawn anew. For s = 1 and d_out > 64 a closed form, the ratio of expectations
+    (up to 0.025 low in narrower layers). Otherwise the mean over draws, 256 where d_out ≤ 16 down
+    to 1 from 256 on: the spread of one draw falls with the width, and the mean is good to about
+    0.01.
 
     Args:
         weight: W in float64, shape ``[groups, d_out, d_in]``, or in coordinates of its row space.
@@ -162,7 +163,7 @@ def _random_rows(weight: Tensor, values: Tensor, draws: int, generator: torch.Ge
 
 
 def _closed_form(weight: Tensor, values: Tensor) -> float:
-    """MATH §3: ρ ≈ (tr K/k) tr L² / √(tr L² · [a tr L² + b(tr L² + (tr L)²)]), blocks added."""
+    """ρ ≈ (tr K/k) tr L² / √(tr L² · [a tr L² + b(tr L² + (tr L)²)]), blocks added."""
     k = weight.shape[1]
     gram = weight @ weight.mT if k <= weight.shape[2] else weight.mT @ weight
     trace_l2 = gram.square().sum((-1, -2))

@@ -22,7 +22,7 @@ from feature_probe.targets import Target
 NO_GRADIENT = "no gradient reached"
 NEVER_CALLED = "the layer was never called as a module"
 #: K within this relative distance of a multiple of the identity makes every NFA score a property
-#: of the weight alone (MATH §7).
+#: of the weight alone.
 _TRIVIAL = 1e-6
 
 

@@ -5,7 +5,7 @@ pre-hook waits for the probed model; when that is called, hooks are put on its l
 gone when it returns. So a copy or a pickle of the model made between two forward passes carries no
 trace of the probe. A layer's hook takes the gradient edge of its output and puts a tensor hook on
 it, anchored at the base where the output is a view: full backward hooks would make the forward of
-models with in-place operations raise (MECHANICS §2).
+models with in-place operations raise.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Thin-factor matrices: X = LᵀR, block-diagonal over groups, never formed unless asked.
 
 Every matrix that the probe compares is a product of factors with few rows, so that inner products,
-traces and sums cost k₁·k₂·d instead of d² (MATH §2: the inner product of X₁ = L₁ᵀR₁ and X₂ = L₂ᵀR₂
+traces and sums cost k₁·k₂·d instead of d² (the inner product of X₁ = L₁ᵀR₁ and X₂ = L₂ᵀR₂
 is Σ (L₁L₂ᵀ)∘(R₁R₂ᵀ)). Matrices that live in the span of a few rows can be held in a :class:`Frame`,
 coordinates of that span, where d shrinks too. Nothing here knows modules, layers or relations.
 """
@@ -215,7 +215,7 @@ class PolarRoot:
 
 
 def polar_root(left: Tensor, right: Tensor) -> PolarRoot:
-    """√(XXᵀ) of X = LᵀR without forming XXᵀ, whose spectrum would be squared (MATH §2).
+    """√(XXᵀ) of X = LᵀR without forming XXᵀ, whose spectrum would be squared.
 
     With Lᵀ = Q₁R₁, Rᵀ = Q₂R₂ and the SVD R₁R₂ᵀ = U S Vᵀ, √(XXᵀ) = Q₁ U S Uᵀ Q₁ᵀ.
 

@@ -2,7 +2,7 @@
 
 K = (1/n) Σ_i Σ_p J_ipᵀJ_ip needs products vᵀJ of the output f with respect to the layers'
 pre-activations. Both kinds draw an independent random sign per example, so that cross terms between
-examples that interact (batch norm in training mode) vanish in expectation (MATH §6).
+examples that interact (batch norm in training mode) vanish in expectation.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What each relation predicts for WᵀW or WWᵀ, as algebra on one layer's weight and sums.
 
-Symbols (papers/fact.md §2, §3 and App. B; code name: paper symbol, shape):
+Symbols (the FACT paper, arXiv:2507.05644, §2, §3 and App. B; code name: paper symbol, shape):
 
 ====================  ==========================  ==========================================
 code name             paper                       shape
@@ -55,7 +55,7 @@ class Relation:
         has_power: Whether the predicted matrix is raised to a power s.
         symbol: How the relation is written in tables.
         equation: The prediction in the paper's symbols.
-        source: Paper and place.
+        source: Place in the FACT paper, arXiv:2507.05644.
     """
 
     name: str
@@ -79,21 +79,21 @@ def _table(*rows: Relation) -> dict[str, Relation]:
 #: Every relation by name.
 RELATIONS: Mapping[str, Relation] = _table(
     Relation("fact", "forward", "gradient", True, False, "FACT",
-             "WᵀW = −(1/λn) Σ (∇_h ℓ_i) h_iᵀ = −WᵀG/λ", "fact.md Thm 3.1"),
+             "WᵀW = −(1/λn) Σ (∇_h ℓ_i) h_iᵀ = −WᵀG/λ", "Thm 3.1"),
     Relation("fact_sym", "forward", "gradient", True, False, "√(FACT·FACTᵀ)",
-             "WᵀW = √(FACT·FACTᵀ)", "fact.md Remark 3.2"),
+             "WᵀW = √(FACT·FACTᵀ)", "Remark 3.2"),
     Relation("bfact", "backward", "gradient", True, False, "bFACT",
-             "WWᵀ = −(1/λn) Σ (W h_i)(∇_{Wh} ℓ_i)ᵀ = −WGᵀ/λ", "fact.md Thm B.1"),
+             "WWᵀ = −(1/λn) Σ (W h_i)(∇_{Wh} ℓ_i)ᵀ = −WGᵀ/λ", "Thm B.1"),
     Relation("bfact_sym", "backward", "gradient", True, False, "√(bFACT·bFACTᵀ)",
-             "WWᵀ = √(bFACT·bFACTᵀ)", "fact.md App. B"),
+             "WWᵀ = √(bFACT·bFACTᵀ)", "App. B"),
     Relation("nfa", "forward", "jacobian", False, True, "NFA",
-             "WᵀW ∝ AGOPˢ, AGOP = (1/n) Σ (∇_h f_i)(∇_h f_i)ᵀ = WᵀKW", "fact.md §2"),
+             "WᵀW ∝ AGOPˢ, AGOP = (1/n) Σ (∇_h f_i)(∇_h f_i)ᵀ = WᵀKW", "§2"),
     Relation("enfa", "forward", "loss", False, True, "eNFA",
-             "WᵀW ∝ eNFAˢ, eNFA = (1/n) Σ (∇_h ℓ_i)(∇_h ℓ_i)ᵀ = WᵀEW", "fact.md §2"),
+             "WᵀW ∝ eNFAˢ, eNFA = (1/n) Σ (∇_h ℓ_i)(∇_h ℓ_i)ᵀ = WᵀEW", "§2"),
     Relation("bnfa", "backward", "jacobian", False, True, "bNFA",
-             "WWᵀ ∝ bAGOPˢ, bAGOP = (1/n) Σ (∇_{Wh} f_i)(∇_{Wh} f_i)ᵀ = K", "fact.md App. B"),
+             "WWᵀ ∝ bAGOPˢ, bAGOP = (1/n) Σ (∇_{Wh} f_i)(∇_{Wh} f_i)ᵀ = K", "App. B"),
     Relation("benfa", "backward", "loss", False, True, "beNFA",
-             "WWᵀ ∝ beNFAˢ, beNFA = (1/n) Σ (∇_{Wh} ℓ_i)(∇_{Wh} ℓ_i)ᵀ = E", "fact.md App. B"),
+             "WWᵀ ∝ beNFAˢ, beNFA = (1/n) Σ (∇_{Wh} ℓ_i)(∇_{Wh} ℓ_i)ᵀ = E", "App. B"),
 )  # fmt: skip
 
 #: The measured side of each comparison by name, with a relation of that side.
@@ -144,7 +144,7 @@ class LayerStatistics:
         jacobian: K, mean over examples and sum over positions, or None.
         loss: E, mean over examples and sum over positions, or None.
         weight_decay: λ ≥ 0, or None where it is not known.
-        tolerance: Relative eigenvalue clamp τ = 10·eps of the sums' dtype (MATH §2).
+        tolerance: Relative eigenvalue clamp τ = 10·eps of the sums' dtype.
         missing: Why a sum is None, by the sum's name.
     """
 
@@ -162,7 +162,7 @@ class LayerStatistics:
 
 
 def clamp_tolerance(sum_dtype: torch.dtype) -> float:
-    """τ = 10·eps of the dtype the sums were held in, whatever the algebra runs in (MATH §2)."""
+    """τ = 10·eps of the dtype the sums were held in, whatever the algebra runs in."""
     return 10 * torch.finfo(sum_dtype).eps
 
 
@@ -230,7 +230,7 @@ class LayerMatrices:
     def residual(self, relation: Relation) -> float:
         """‖prediction − gram‖_F / ‖gram‖_F with the true λ; NaN unless an equality with λ > 0.
 
-        Never formed as ⟨A,A⟩ − 2⟨A,B⟩ + ⟨B,B⟩, whose floor is about 1e-8 (MATH §2): for FACT
+        Never formed as ⟨A,A⟩ − 2⟨A,B⟩ + ⟨B,B⟩, whose floor is about 1e-8: for FACT
         the difference is Wᵀ(W + G/λ); for the symmetrised forms both sides are small matrices in
         one orthonormal basis.
         """

@@ -52,7 +52,9 @@ def render_heatmap(
     bottom = top + height
     canvas = Canvas(WIDTH, bottom + TEXT + 28)
     _heading(canvas, title, subtitle)
-    names = min(max((text_width(name) for name in layers), default=0), _LABEL_WIDTH)
+    # "step" stands left of the first tick
+    names = max(text_width(name) for name in (*layers, "step"))
+    names = min(names, _LABEL_WIDTH)
     bar = WIDTH - _MARGIN - _BAR_TEXT - _BAR
     right = bar - _GAP - (0 if chance is None else _STRIP + _GAP)
     plot = (_MARGIN + names + 16, top, right, bottom)

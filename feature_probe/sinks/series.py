@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from feature_probe.relations import RELATIONS
 from feature_probe.report import Record, Report
-from feature_probe.sinks.wording import SCORE_NAMES, chance_level, layer_name
+from feature_probe.sinks.wording import SCORE_NAMES, layer_name
 
 ROOT = "feature_probe"
 STATIONARITY = "stationarity"
@@ -82,7 +82,8 @@ def band_scalars(report: Report, score: str) -> dict[str, float]:
             values = [float(getattr(record, charted)) for record in records]
             scalars |= _band(_band_tags(charted, label, charted == score), values)
         if score == "cosine":
-            levels = defined([chance_level(record) for record in records])
+            # Of the layers whose cosines the band is made of, and of no others.
+            levels = defined([r.level_by_chance for r in records if math.isfinite(r.cosine)])
             if levels.size:
                 scalars[band_tag(score, label, "chance")] = float(np.median(levels))
     distances = list(stationarity_by_layer(report).values())

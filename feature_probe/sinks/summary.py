@@ -9,7 +9,7 @@ import numpy as np
 from feature_probe.relations import RELATIONS
 from feature_probe.report import Record, Report
 from feature_probe.sinks.series import by_label, defined, stationarity_by_layer
-from feature_probe.sinks.wording import SCORE_NAMES, chance_level, chance_meaning, layer_name
+from feature_probe.sinks.wording import SCORE_NAMES, chance_meaning, layer_name
 
 _BRACKETS = (
     " In brackets: the cosine that chance alone would give, because two matrices with only "
@@ -69,7 +69,7 @@ def _scores(report: Report, score: str) -> str:
 
 
 def _columns(report: Report) -> str:
-    rows = [["column", "says that", "chance level", "source"]]
+    rows = [["column", "says that", "chance level", "arXiv:2507.05644"]]
     for label, records in by_label(report).items():
         relation = RELATIONS[records[0].relation]
         power = "" if records[0].power is None else f", s = {records[0].power:g}"
@@ -91,7 +91,7 @@ def _cell(record: Record | None, score: str) -> str:
     if record is None:
         return ""
     value = float(getattr(record, score))
-    chance = chance_level(record) if score == "cosine" else math.nan
+    chance = record.level_by_chance if score == "cosine" else math.nan
     bracket = f" ({chance:.2f})" if math.isfinite(chance) and math.isfinite(value) else ""
     return _number(value, ".3f") + bracket
 

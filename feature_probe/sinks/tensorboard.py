@@ -28,7 +28,7 @@ from feature_probe.sinks.series import (
     layer_scalars,
 )
 from feature_probe.sinks.summary import summary_markdown
-from feature_probe.sinks.wording import SCORE_NAMES, chance_level, layer_name, question
+from feature_probe.sinks.wording import SCORE_NAMES, layer_name, question
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -194,7 +194,7 @@ class TensorBoardSink:
         for layer in self._matrix_layers(report):
             found, groups = _layer_matrices(report, layer)
             if found:
-                title = f"{layer_name(layer)}: do these agree? (step {report.step:,})"
+                title = f"layer {layer_name(layer)}: do these agree? (step {report.step:,})"
                 subtitle = f"group 1 of {groups}" if groups > 1 else ""
                 picture = render_matrices(found, title=title, subtitle=subtitle)
                 tag = f"{ROOT}.matrices/{layer_name(layer).replace('/', '.')}"
@@ -251,7 +251,7 @@ def _matches(layer: str, pattern: str) -> bool:
 def _heatmap(records: list[Record], history: StepHistory, score: str) -> NDArray[np.uint8]:
     chance = None
     if score == "cosine":
-        levels = {layer_name(record.layer): chance_level(record) for record in records}
+        levels = {layer_name(record.layer): record.level_by_chance for record in records}
         chance = np.array([levels.get(layer, math.nan) for layer in history.layers])
     return render_heatmap(
         history.array(),

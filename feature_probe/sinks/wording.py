@@ -41,17 +41,8 @@ def question(record: Record) -> str:
     return f"{record.label}: do {gram_name(relation)} and {prediction} agree?"
 
 
-def chance_level(record: Record) -> float:
-    """The cosine that chance alone would give, the level "not aligned" is judged against.
-
-    nfa, enfa: with the same W and random eigenvectors of K or E; else under a random rotation.
-    """
-    is_shared = record.relation in _SHARED_WEIGHT
-    return record.shared_weight_cosine if is_shared else record.chance_cosine
-
-
 def chance_meaning(relation: Relation) -> str:
-    """What :func:`chance_level` stands for, in words."""
+    """What ``Record.level_by_chance`` stands for, in words."""
     if relation.name in _SHARED_WEIGHT:
         return "the same W with random eigenvectors of K or E"
     return "a random rotation of one of the two"
