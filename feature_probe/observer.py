@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from feature_probe.capture import Call, ForwardPass, Recorder
+from feature_probe.capture import Recorder
 from feature_probe.errors import ConfigurationError, positive_integer
 from feature_probe.jacobian import JacobianSettings, cotangents, vector_jacobian_products
 from feature_probe.moments import Moments
+from feature_probe.passes import Call, ForwardPass
 from feature_probe.relations import Sum
 from feature_probe.targets import Target
 

@@ -22,7 +22,8 @@ ALLOWED: dict[str, set[str]] = {
     "targets": {"errors", "layers"},
     "decay": {"errors", "targets"},
     "interception": {"layers"},
-    "capture": {"interception", "layers", "targets"},
+    "passes": set(),
+    "capture": {"interception", "passes", "targets"},
     "jacobian": {"errors"},
     # Statistics and mathematics: tensors in, tensors out.
     "moments": {"errors"},
@@ -30,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "relations": {"errors", "factored"},
     "agreement": {"factored"},
     # What was captured becomes sums, the sums become records, the records a report.
-    "observer": {"capture", "errors", "jacobian", "moments", "relations", "targets"},
+    "observer": {"capture", "errors", "jacobian", "moments", "passes", "relations", "targets"},
     "report": {"coverage", "errors", "relations"},
     "scoring": {"agreement", "relations", "report"},
     "assembly": {
