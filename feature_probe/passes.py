@@ -1,0 +1,107 @@
+"""What one forward pass leaves behind: where each layer's output gradient will arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The place in the autograd graph where a layer output's gradient is read.
+
+    An output that is a view loses its gradient node when it is modified in place, so the anchor is
+    its base then, and :meth:`restore` reads the output's part out of the base's gradient.
+    """
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    base_stride: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, output: Tensor) -> tuple[Anchor, Tensor]:
+        """The anchor of an output that requires grad, and the tensor it stands on."""
+        base = output._base if output._is_view() else None
+        tensor = base if base is not None and base.requires_grad else output
+        anchor = cls(
+            size=output.shape,
+            stride=output.stride(),
+            offset=int(output.storage_offset() - tensor.storage_offset()),
+            base_stride=None if tensor is output else tensor.stride(),
+        )
+        return anchor, tensor
+
+    def restore(self, gradient: Tensor) -> Tensor:
+        """The gradient with the output's shape."""
+        if self.base_stride is None:
+            return gradient
+        buffer = torch.empty_strided(
+            gradient.shape, self.base_stride, dtype=gradient.dtype, device=gradient.device
+        )
+        return buffer.copy_(gradient).as_strided(self.size, self.stride, self.offset)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One application of a layer in one forward pass.
+
+    Attributes:
+        index: Which target.
+        module: The module that was called.
+        anchor: Where its output gradient is read.
+        inputs: The layer's input, where gᵀh must be formed from it; else None.
+        version: The input's version counter when it was read.
+        input_gradient: ∂L/∂W ``[groups, d_out, d_in]`` of (inputs, output gradient), or None.
+    """
+
+    index: int
+    module: nn.Module
+    anchor: Anchor
+    inputs: Tensor | None = None
+    version: int = 0
+    input_gradient: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether the input was modified in place since the layer read it."""
+        return self.inputs is not None and self.inputs._version != self.version
+
+    def weight_gradient(self, output_gradient: Tensor) -> Tensor | None:
+        """Σ g hᵀ of this call in float32 or better; None where it is not formed from h."""
+        if self.inputs is None or self.input_gradient is None or self.overwritten:
+            return None
+        dtype = torch.promote_types(self.inputs.dtype, torch.float32)
+        with torch.no_grad(), torch.autocast(output_gradient.device.type, enabled=False):
+            return self.input_gradient(self.inputs.to(dtype), output_gradient.to(dtype))
+
+
+@dataclass(eq=False)
+class ForwardPass:
+    """One forward pass of the probed model; kept alive by its graph alone.
+
+    Attributes:
+        calls: The layers' applications, in order.
+        edges: The gradient edge of each call's output. Held here and emptied with :meth:`release`,
+            as the graph holds the hooks and an edge held by a hook would keep the graph for good.
+        examples: n, set when the model has returned.
+        reached: Whether a backward pass arrived, so that it was training.
+        delivered: Calls whose gradient has arrived.
+        staged: What the consumer holds back until then.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    edges: list[GradientEdge] = field(default_factory=list)
+    examples: int = 0
+    reached: bool = False
+    delivered: set[Call] = field(default_factory=set)
+    staged: dict[int, Any] = field(default_factory=dict)
+
+    def release(self) -> None:
+        """Let go of the graph."""
+        self.calls, self.edges = [], []
