@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from feature_probe.factored import Factored, Spectrum, gram_spectrum
+from feature_probe.factored import Factored, gram_spectrum
 
 _NAN = float("nan")
 #: Most random rotations drawn, and d_out² × rotations, for the control at powers other than 1.
@@ -112,7 +112,7 @@ def _nan_reason(pearson: float, trace_free: float) -> str:
 
 def shared_weight_cosine(
     weight: Tensor,
-    curvature: Spectrum,
+    values: Tensor,
     power: float,
     tolerance: float,
     *,
@@ -129,22 +129,25 @@ def shared_weight_cosine(
 
     Args:
         weight: W in float64, shape ``[groups, d_out, d_in]``, or in coordinates of its row space.
-        curvature: Kept eigenpairs of K or E, ``[groups, r]`` values.
+        values: Kept eigenvalues of K or E, ``[groups, r]``, 0 where dropped.
         power: s.
         tolerance: Relative eigenvalue clamp.
         seed: Seed of the draws, so that a report can be repeated.
 
     Returns:
-        The cosine, or NaN where d_out = 1 or a side is zero.
+        The cosine: 1 for a single row, as every K gives WᵀKW ∝ WᵀW; NaN where a side is zero or
+        the blocks have one row each.
     """
-    width = weight.shape[1]
-    if width < 2 or curvature.kept == 0:
+    groups, width, _ = weight.shape
+    if not (values > 0).any() or (width == 1 and groups > 1):
         return _NAN
+    if width == 1:
+        return 1.0
     if power == 1.0 and width > _NARROW:
-        return _closed_form(weight, curvature.values)
+        return _closed_form(weight, values)
     generator = torch.Generator(device=weight.device).manual_seed(seed)
-    draws = max(1, min(_MOST_DRAWS, _DRAW_BUDGET // width**2) // weight.shape[0])
-    rows = _random_rows(weight, curvature.values, draws, generator)
+    draws = max(1, min(_MOST_DRAWS, _DRAW_BUDGET // width**2) // groups)
+    rows = _random_rows(weight, values, draws, generator)
     spectrum = gram_spectrum(rows.flatten(0, 1), tolerance)
     roots = spectrum.rows(power).reshape((*rows.shape[:2], -1, weight.shape[2]))
     cross = (roots @ weight.mT).square().sum((1, 2, 3))
@@ -154,11 +157,21 @@ def shared_weight_cosine(
 
 
 def _random_rows(weight: Tensor, values: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """Λ^{1/2} QᵀW with Q the first r columns of Haar rotations, ``[draws, groups, r, d_in]``."""
-    shape = (draws, weight.shape[0], weight.shape[1], values.shape[1])
+    """Λ^{1/2} QᵀW with Q the first r columns of Haar rotations, ``[draws, groups, r, d_in]``.
+
+    Where W has fewer columns than r, QᵀW = P·T with W = U·T and P = QᵀU a random frame of d_in
+    columns, which is the smaller one to draw.
+    """
+    groups, width, columns = weight.shape
+    count = values.shape[1]
+    shape = (draws, groups, width, min(count, columns))
     normal = torch.randn(shape, generator=generator, dtype=weight.dtype, device=weight.device)
-    columns = torch.linalg.qr(normal).Q  # the signs of its columns cancel in QKQᵀ
-    rows: Tensor = values.sqrt()[..., None] * (columns.mT @ weight)
+    frame = torch.linalg.qr(normal).Q  # the signs of its columns cancel in the product
+    if count <= columns:
+        rotated = frame.mT @ weight
+    else:
+        rotated = frame[:, :, :count] @ torch.linalg.qr(weight, mode="r").R
+    rows: Tensor = values.sqrt()[..., None] * rotated
     return rows
 
 

@@ -120,6 +120,8 @@ class Assembler:
             general = "left out after a fault in the probe (see the log)"
         elif index in recorder.problems:
             general = recorder.problems[index]
+        elif not recorder.fired:
+            general = "the model itself was never called (model(x), not model.forward(x))"
         elif index not in recorder.fired:
             general = NEVER_CALLED
         elif index not in self.observer.reached and self._frozen(index):
@@ -145,7 +147,11 @@ class Assembler:
         decay = self.decay.premise(target, self._computed(index))
         if decay:
             premises["gradient"] = decay
-        if _is_multiple_of_identity(statistics.jacobian):
+        if target.groups == target.d_out == 1:
+            premises["jacobian"] = premises["loss"] = (
+                "trivial: with one output row any gradients give a full forward score"
+            )
+        elif index in self.observer.output_layers or _is_multiple_of_identity(statistics.jacobian):
             premises["jacobian"] = (
                 "trivial: K is a multiple of the identity (last linear layer), so the score is a "
                 "property of the weight alone"

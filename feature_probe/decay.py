@@ -75,7 +75,10 @@ class WeightDecay:
         if group.get("weight_decay") and (
             name in _DECOUPLED or group.get("decoupled_weight_decay", False)
         ):
-            return f"decoupled weight decay ({name}): FACT in its gradient form need not hold"
+            return (
+                f"decoupled weight decay ({name}): FACT in its gradient form need not hold, "
+                "residual and decay ratio do not apply"
+            )
         return ""
 
     def sign(self, target: Target) -> float:
@@ -94,7 +97,9 @@ class WeightDecay:
     def _check(self, optimizer: torch.optim.Optimizer, targets: Sequence[Target]) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ConfigurationError(
-                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+                f"optimizer must be one torch.optim.Optimizer, got {type(optimizer).__name__}; of "
+                "several give the one that steps last, and λ of the others' layers as "
+                "weight_decay={layer: number}"
             )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         trained = any(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +15,15 @@ from feature_probe.jacobian import JacobianSettings
 from feature_probe.models import unwrap
 from feature_probe.moments import sum_dtype
 from feature_probe.observer import select_output
-from feature_probe.relations import Sum, parse_relations
+from feature_probe.relations import (
+    LayerStatistics,
+    Relation,
+    Sum,
+    clamp_tolerance,
+    parse_powers,
+    parse_relations,
+)
+from feature_probe.scoring import LayerFacts, score_layer
 from feature_probe.targets import Selection, Target, find_targets
 
 
@@ -39,7 +48,7 @@ class LayerEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Cost of probing, from shapes alone; work outside matrix products is not counted.
+    """Cost of probing: steps from shapes, by their matrix products alone; reports as timed here.
 
     Attributes:
         layers: Per layer.
@@ -47,16 +56,21 @@ class Estimate:
         bytes_peak: The same inside a window's step, where a step's sums stand beside the window's.
         step_ratio: Arithmetic of a step inside a window over that of a plain step, which is three
             times the forward pass (the first layer needs no input gradient).
+        report_seconds: Scoring every layer once, timed on this machine on random sums.
+        step_seconds: A plain step, taken as three times the sample's forward pass as timed here.
     """
 
     layers: tuple[LayerEstimate, ...]
     bytes_held: int
     bytes_peak: int
     step_ratio: float
+    report_seconds: float
+    step_seconds: float
 
     def amortised(self, every: int, window: int) -> float:
-        """Mean step over a plain one with ``window`` probed steps in every ``every``, no report."""
-        return 1 + (self.step_ratio - 1) * min(window, every) / every
+        """Mean step over a plain one: ``window`` probed steps and a report in every ``every``."""
+        probed = (self.step_ratio - 1) * min(window, every)
+        return 1 + (probed + self.report_seconds / self.step_seconds) / every
 
     def __str__(self) -> str:
         rows = [
@@ -66,6 +80,9 @@ class Estimate:
             [
                 f"sums: {_size(self.bytes_held)} held, {_size(self.bytes_peak)} at most; "
                 f"a step inside a window costs about {self.step_ratio:.2f} plain steps",
+                f"a report takes about {self.report_seconds:.2g} s here, "
+                f"{self.report_seconds / self.step_seconds:.3g} plain steps; on average a step "
+                f"with every=100, window=4 costs {self.amortised(100, 4):.2f} plain ones",
                 *rows,
             ]
         )
@@ -84,6 +101,7 @@ def estimate_cost(
     sample: Any,
     *,
     relations: Iterable[str] | str = ("fact", "bfact", "nfa", "enfa"),
+    powers: Iterable[float] | float = (0.5, 1.0),
     include: Selection = None,
     exclude: Selection = None,
     output: Callable[[Any], Any] | None = None,
@@ -94,13 +112,15 @@ def estimate_cost(
 ) -> Estimate:
     """What probing ``model`` on batches like ``sample`` will cost.
 
-    The model runs once on the sample, in evaluation mode without gradients; modes and random state
-    are as before afterwards.
+    The model runs twice on the sample, in evaluation mode without gradients, the second time for
+    the clock, and one layer of each shape is scored on random sums; modes and random state are as
+    before afterwards.
 
     Args:
         model: The module that would be probed.
         sample: What ``model`` is called with: one input, or a tuple of positional arguments.
         relations: As for the probe; likewise the options below.
+        powers: The powers s.
         include: Layers to measure.
         exclude: Layers to leave out.
         output: Picks f out of what the model returns; "exact" counts its coordinates.
@@ -116,9 +136,10 @@ def estimate_cost(
     positive_integer("max_dim", max_dim)
     model = unwrap(model)
     targets = find_targets(model, include, exclude)
-    needs = frozenset(relation.needs for relation in parse_relations(relations))
+    asked = parse_relations(relations)
+    needs = frozenset(relation.needs for relation in asked)
     settings = JacobianSettings(jacobian, num_probes)
-    rows, products = _run(model, targets, sample, settings, output)
+    rows, products, seconds = _run(model, targets, sample, settings, output)
     layers = tuple(
         _layer(target, count, needs, products, max_dim)
         for target, count in zip(targets, rows, strict=True)
@@ -135,6 +156,8 @@ def estimate_cost(
         bytes_held=held,
         bytes_peak=held * (2 if window > 1 else 1),
         step_ratio=1 + extra / plain if plain else float("nan"),
+        report_seconds=_report_seconds(targets, asked, parse_powers(powers), max_dim),
+        step_seconds=3 * seconds,
     )
 
 
@@ -162,8 +185,8 @@ def _run(
     sample: Any,
     settings: JacobianSettings,
     output: Callable[[Any], Any] | None,
-) -> tuple[list[int], int]:
-    """Rows of every target in one forward pass, and Jacobian products per pass."""
+) -> tuple[list[int], int, float]:
+    """Rows of every target in one forward pass, Jacobian products per pass, and its seconds."""
     rows = [0] * len(targets)
     handles = []
 
@@ -180,12 +203,42 @@ def _run(
         handles = [counter(i, m) for i, target in enumerate(targets) for m in target.modules]
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model.eval()
-            out = model(*sample) if isinstance(sample, tuple) else model(sample)
+            inputs = sample if isinstance(sample, tuple) else (sample,)
+            out = model(*inputs)
+            for handle in handles:
+                handle.remove()
+            start = time.perf_counter()
+            model(*inputs)
+            seconds = time.perf_counter() - start
     finally:
         for handle in handles:
             handle.remove()
         for module, training in modes:
             module.training = training
     if settings.kind == "random":
-        return rows, settings.num_probes
-    return rows, settings.products(select_output(out, output))
+        return rows, settings.num_probes, seconds
+    return rows, settings.products(select_output(out, output)), seconds
+
+
+def _report_seconds(
+    targets: list[Target], relations: Sequence[Relation], powers: Sequence[float], max_dim: int
+) -> float:
+    """Time to score every layer, by one layer of each shape on random sums of full rank."""
+    timed: dict[tuple[int, int, int], float] = {}
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(target.groups, target.d_out, target.d_in) for target in targets]
+    for shape in ((1, 2, 3), *shapes):  # the first call of all starts up the linear algebra
+        if shape in timed:
+            continue
+        weight, gradient = (torch.randn(shape, generator=generator) for _ in range(2))
+        square = None
+        if shape[1] <= max_dim:
+            rows = torch.randn((*shape[:2], shape[1]), generator=generator)
+            square = rows @ rows.mT
+        statistics = LayerStatistics(
+            weight, gradient, square, square, 1.0, clamp_tolerance(torch.float32)
+        )
+        start = time.perf_counter()
+        score_layer(LayerFacts("", 0, 1, 1, {}), statistics, relations, powers)
+        timed[shape] = time.perf_counter() - start
+    return sum(timed[shape] for shape in shapes)

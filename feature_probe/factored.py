@@ -175,6 +175,17 @@ def symmetric_spectrum(matrix: Tensor, tolerance: float) -> Spectrum:
     return _clamped(values, rows, tolerance)
 
 
+def symmetric_values(matrix: Tensor, tolerance: float) -> Tensor:
+    """The eigenvalues of :func:`symmetric_spectrum` alone, at about a quarter of its cost.
+
+    Raises:
+        torch.linalg.LinAlgError: if the eigenproblem does not converge.
+    """
+    values = torch.linalg.eigvalsh((matrix + matrix.mT) / 2).flip(-1)
+    keep = _kept(values, tolerance)
+    return torch.where(keep, values, 0.0)[:, : _most(keep)]
+
+
 def gram_spectrum(rows: Tensor, tolerance: float) -> Spectrum:
     """Eigendecomposition of BᵀB from its rows B ``[groups, r, d]``, on the smaller side.
 
@@ -189,14 +200,22 @@ def gram_spectrum(rows: Tensor, tolerance: float) -> Spectrum:
 
 
 def _clamped(values: Tensor, rows: Tensor, tolerance: float) -> Spectrum:
-    largest = values[:, :1].clamp_min(0.0)
-    keep = (values > tolerance * largest) & (values > 0)
-    count = max(int(keep.sum(-1).max()), 1) if keep.numel() else 0
+    keep = _kept(values, tolerance)
+    count = _most(keep)
     keep = keep[:, :count]
     return Spectrum(
         torch.where(keep, values[:, :count], 0.0),
         torch.where(keep[..., None], rows[:, :count], 0.0),
     )
+
+
+def _kept(values: Tensor, tolerance: float) -> Tensor:
+    return (values > tolerance * values[:, :1].clamp_min(0.0)) & (values > 0)
+
+
+def _most(keep: Tensor) -> int:
+    """The largest number of eigenvalues kept in any block, at least one."""
+    return max(int(keep.sum(-1).max()), 1) if keep.numel() else 0
 
 
 @dataclass(frozen=True)

@@ -70,10 +70,11 @@ def measure(
         powers: The powers s of AGOPˢ and eNFAˢ.
         include: Layers to measure, as in :class:`feature_probe.FeatureProbe`.
         exclude: Layers to leave out.
-        output: Picks f, shape ``[n, ...]``, out of what the model returns; the loss still gets what
-            the model returned.
+        output: Picks f, shape ``[n, ...]``, out of what the model (or ``forward``) returns; the
+            loss still gets what the model returned.
         forward: ``(model, batch) -> (output, loss)`` for batches of any other shape, instead of
-            ``loss_fn``. It must call ``model`` once; the loss may be None where none is needed.
+            ``loss_fn``. It must call ``model`` once; f is the output it returns; the loss may be
+            None where none is needed.
         jacobian: "exact" or "random".
         num_probes: Random products per batch.
         positions: "expand" or "reduce", as in the probe.
@@ -114,7 +115,8 @@ def measure(
         observer.recorder.arm()
         try:
             for batch in _with_progress(loader, progress):
-                _, loss = run(model, _to_device(batch, device))
+                out, loss = run(model, _to_device(batch, device))
+                observer.finish(out)
                 gradients = _weight_gradients(observer, targets, loss, needs)
                 _add_batch(window, observer.take(), targets, gradients, loss_reduction)
         finally:
@@ -154,7 +156,7 @@ def _runner(
     if forward is not None:
         if loss_fn is not None:
             raise ConfigurationError("give loss_fn or forward, not both: forward returns the loss")
-        return forward
+        return lambda model, batch: _pair(forward(model, batch))
     if loss_fn is None:
         if needs != {"jacobian"}:
             raise ConfigurationError(
@@ -168,6 +170,14 @@ def _runner(
         return out, loss_fn(out, target)
 
     return run
+
+
+def _pair(returned: Any) -> tuple[Any, Tensor | None]:
+    if not (isinstance(returned, tuple) and len(returned) == 2):
+        raise ConfigurationError(
+            f"forward must return (output, loss), got {type(returned).__name__}"
+        )
+    return returned[0], returned[1]
 
 
 def _split(batch: Any, parts: int) -> Sequence[Any]:

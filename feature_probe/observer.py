@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from feature_probe.capture import Recorder
 from feature_probe.errors import ConfigurationError, positive_integer
 from feature_probe.jacobian import JacobianSettings, cotangents, vector_jacobian_products
 from feature_probe.moments import Moments
-from feature_probe.passes import Call, ForwardPass
+from feature_probe.passes import Anchor, Call, ForwardPass
 from feature_probe.relations import Sum
 from feature_probe.targets import Target
 
@@ -60,6 +60,9 @@ class ObserverSettings:
         if self.output is not None and not callable(self.output):
             raise ConfigurationError(f"output must be callable, got {self.output!r}")
         positive_integer("max_dim", self.max_dim)
+        given: object = self.seed
+        if not isinstance(given, int):
+            raise ConfigurationError(f"seed must be an integer, got {given!r}")
 
 
 @dataclass
@@ -102,13 +105,15 @@ class Observer:
         settings: Sums and conventions.
         on_fault: Called with what a hook raised and where; may raise it into the user's code.
         needs_backward: Whether a pass counts only once a backward pass has reached it. True in a
-            training loop, so that evaluation is not mistaken for training.
+            training loop, so that evaluation is not mistaken for training. False: passes wait for
+            :meth:`finish`, which counts them.
         inject_leaf: See :class:`Recorder`.
 
     Attributes:
         reached: Targets that a gradient reached, of the loss or of the output.
         problems: Why a sum of a target is not measured, by (target, sum).
         edges: Where no backward pass is due, the gradient edges since the last :meth:`take`.
+        output_layers: Targets whose own output is f, so that K is the identity.
     """
 
     def __init__(
@@ -137,6 +142,8 @@ class Observer:
         self._needs_backward = needs_backward
         self._window = Window.empty(targets)
         self._passes = 0
+        self._waiting: list[tuple[ForwardPass, list[Call], list[GradientEdge]]] = []
+        self.output_layers: set[int] = set()
         self._unfinished: list[tuple[ForwardPass, dict[int, Tensor]]] = []
         for index, target in enumerate(targets):
             if target.d_out > settings.max_dim:
@@ -149,7 +156,7 @@ class Observer:
             for index, rows in sums.items():
                 self._add_loss_outer(self._window.layers[index], rows, forward.examples)
         self._unfinished.clear()
-        self.edges = []
+        self.edges, self._waiting = [], []
         window, self._window = self._window, Window.empty(self._targets)
         return window
 
@@ -159,15 +166,38 @@ class Observer:
 
     def on_forward(self, forward: ForwardPass, output: Any) -> None:
         """Read n from the output and stage K by vector-Jacobian products of it."""
+        if self._needs_backward:
+            self._differentiate(forward, forward.calls, forward.edges, output)
+        else:
+            self._waiting.append((forward, forward.calls, forward.edges))
+
+    def finish(self, output: Any) -> None:
+        """Count the pass that waits, with ``output`` as what the model is said to have returned.
+
+        Raises:
+            ConfigurationError: unless exactly one pass waits, or if f cannot be found in ``output``
+                or has too many coordinates.
+        """
+        waiting, self._waiting = self._waiting, []
+        if len(waiting) != 1:
+            raise ConfigurationError(
+                f"the model was called {len(waiting)} times for one batch; it must be called once "
+                "(as model(x), which runs hooks, not as model.forward(x))"
+            )
+        forward, calls, edges = waiting[0]
+        self._differentiate(forward, calls, edges, output)
+        self.edges += edges
+        self._commit(forward)
+
+    def _differentiate(
+        self, forward: ForwardPass, calls: list[Call], edges: list[GradientEdge], output: Any
+    ) -> None:
         f = select_output(output, self._settings.output)
         forward.examples = f.shape[0]
         if "jacobian" in self._settings.needs:
             self._settings.jacobian.check(f)
-            if f.requires_grad and forward.calls:
-                self._stage_jacobian(forward, f)
-        if not self._needs_backward:
-            self.edges += forward.edges
-            self._commit(forward)
+            if f.requires_grad and calls:
+                self._stage_jacobian(forward, calls, edges, f)
 
     def on_gradient(self, forward: ForwardPass, call: Call, gradient: Tensor) -> None:
         """Add one call's g to E, and gᵀh to G where G is formed from it."""
@@ -177,7 +207,8 @@ class Observer:
         moments = self._window.layers[call.index]
         if call in forward.delivered:
             self.problems[call.index, "loss"] = (
-                "several backward passes reached one forward pass; E would need their sum"
+                "several backward passes reached one forward pass (or another probe's products "
+                "did); E would need their sum"
             )
         if call.overwritten:
             self.problems[call.index, "gradient"] = (
@@ -201,20 +232,24 @@ class Observer:
             self._window.layers[index].merge(moments)
         forward.staged = {}
 
-    def _stage_jacobian(self, forward: ForwardPass, f: Tensor) -> None:
+    def _stage_jacobian(
+        self, forward: ForwardPass, calls: list[Call], edges: list[GradientEdge], f: Tensor
+    ) -> None:
         pairs = [
             (call, edge)
-            for call, edge in zip(forward.calls, forward.edges, strict=True)
+            for call, edge in zip(calls, edges, strict=True)
             if (call.index, "jacobian") not in self.problems
         ]
         if not pairs:
             return
-        calls, edges = zip(*pairs, strict=True)
+        own = get_gradient_edge(Anchor.of(f)[1])
+        self.output_layers |= {call.index for call, edge in pairs if edge.node is own.node}
+        asked, places = zip(*pairs, strict=True)
         self.recorder.listening = False
         try:
             for v, scale in cotangents(f, self._settings.jacobian, self._generator(f.device)):
-                products = vector_jacobian_products(f, edges, v)
-                self._stage_products(forward, calls, products, scale)
+                products = vector_jacobian_products(f, places, v)
+                self._stage_products(forward, asked, products, scale)
         finally:
             self.recorder.listening = True
 
@@ -291,7 +326,15 @@ def select_output(output: Any, chooser: Callable[[Any], Any] | None) -> Tensor:
     Raises:
         ConfigurationError: if there is no floating tensor with an example axis.
     """
-    f = output if chooser is None else chooser(output)
+    f = output
+    if chooser is not None:
+        try:
+            f = chooser(output)
+        except Exception as error:  # whatever the user's function raises
+            raise ConfigurationError(
+                f"output= raised {type(error).__name__}: {error}; the model returned a "
+                f"{type(output).__name__}"
+            ) from error
     if not isinstance(f, Tensor):
         raise ConfigurationError(_no_tensor(output, f, chooser is None))
     if f.dim() == 0:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Coverage from which on its gaps are told quietly.
+_NEARLY_ALL = 0.99
 #: Name of the record file beside the event files of ``log_dir``.
 JSONL_NAME = "feature_probe.jsonl"
 
@@ -62,7 +64,8 @@ class FeatureProbe:
         every: Report at steps 0, n, 2n, ... (step 0 is initialisation), or any ``step -> bool``
             that depends on the step alone (:mod:`feature_probe.schedules`).
         window: Steps whose sums go into a report, the reported one last; fewer where the previous
-            report, or step 0, is nearer.
+            report, or step 0, is nearer. FACT is a matter of the whole data set's gradient: a few
+            minibatches show little of it while the learning rate is large, an epoch shows it.
         relations: Names in :data:`feature_probe.RELATIONS`.
         powers: The powers s of AGOPˢ and eNFAˢ.
         include: Layers to measure: a glob on names, a compiled pattern, a module type, a predicate
@@ -150,10 +153,10 @@ class FeatureProbe:
         self._assembler = Assembler(
             self._model, self._targets, self._observer, self._decay, asked, wanted
         )
-        self._sinks_given = tuple(sinks)
-        self._log_dir, self._writer = log_dir, writer
+        self._sinks_given = _checked_sinks(sinks)
         if log_dir is not None and writer is not None:
             raise ConfigurationError("give log_dir or writer, not both")
+        self._log_dir, self._writer = log_dir, _checked_writer(writer)
         self._sinks: list[Sink] = []
         self._handles: list[RemovableHandle] = []
         self._attached = False
@@ -211,6 +214,12 @@ class FeatureProbe:
         if not self._attached:
             return
         self._attached = False
+        if self.report is None:
+            logger.warning(
+                "the probe made no report: it saw %d steps, and none of them was due%s",
+                self._step,
+                "" if self._optimizer is not None else " (without optimizer= call probe.step())",
+            )
         self._observer.recorder.disarm()
         for handle in self._handles:
             handle.remove()
@@ -254,6 +263,8 @@ class FeatureProbe:
         if self._log_dir is None:
             return []
         folder = os.fspath(self._log_dir)
+        if os.path.exists(os.path.join(folder, JSONL_NAME)):
+            logger.warning("%s holds an earlier run: its records are appended to", folder)
         return [TensorBoardSink(folder), JSONLSink(os.path.join(folder, JSONL_NAME))]
 
     def _before_step(
@@ -336,7 +347,8 @@ class FeatureProbe:
 
     def _tell_gaps(self, report: Report) -> None:
         if report.coverage.gaps():
-            logger.warning("%s", report.coverage)
+            small = report.coverage.share() >= _NEARLY_ALL
+            logger.log(logging.INFO if small else logging.WARNING, "%s", report.coverage)
 
     def _guard(self, where: str, work: Callable[..., Any], *args: Any) -> None:
         try:
@@ -363,6 +375,26 @@ class FeatureProbe:
                 where,
                 exc_info=error,
             )
+
+
+def _checked_sinks(sinks: Iterable[Sink]) -> tuple[Sink, ...]:
+    given: object = sinks
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+        raise ConfigurationError(f"sinks must be a list of sinks, got {given!r}")
+    listed = tuple(given)
+    for sink in listed:
+        if not (callable(getattr(sink, "write", None)) and callable(getattr(sink, "close", None))):
+            raise ConfigurationError(f"a sink needs write(report) and close(), got {sink!r}")
+    return listed
+
+
+def _checked_writer(writer: SummaryWriter | None) -> SummaryWriter | None:
+    if writer is not None and not callable(getattr(writer, "add_custom_scalars", None)):
+        raise ConfigurationError(
+            f"writer must be a torch.utils.tensorboard.SummaryWriter, got {writer!r}; "
+            "for a folder use log_dir="
+        )
+    return writer
 
 
 def _has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

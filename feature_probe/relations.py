@@ -37,6 +37,7 @@ from feature_probe.factored import (
     gram_spectrum,
     polar_root,
     symmetric_spectrum,
+    symmetric_values,
 )
 
 Side = Literal["forward", "backward"]
@@ -180,6 +181,7 @@ class LayerMatrices:
         self._given = statistics
         self._framed = framed
         self._spectra: dict[tuple[Side, Sum], Spectrum] = {}
+        self._values: dict[Sum, Tensor] = {}
         self._roots: dict[Side, PolarRoot] = {}
         self._grams: dict[tuple[Side, bool], Factored] = {}
 
@@ -265,9 +267,14 @@ class LayerMatrices:
         if relation.side == "backward":
             return self.curvature_spectrum(relation.needs)
         if key not in self._spectra:
-            rows = self.curvature_spectrum(relation.needs).rows(1.0) @ self.input_rows[0]
-            self._spectra[key] = gram_spectrum(rows, self._given.tolerance)
+            self._spectra[key] = self._input_spectrum(relation.needs)
         return self._spectra[key]
+
+    def _input_spectrum(self, needs: Sum) -> Spectrum:
+        weight, tolerance = self.input_rows[0], self._given.tolerance
+        if weight.shape[1] > weight.shape[2]:  # more rows than columns: WᵀKW is the smaller problem
+            return symmetric_spectrum(weight.mT @ self.curvature(needs) @ weight, tolerance)
+        return gram_spectrum(self.curvature_spectrum(needs).rows(1.0) @ weight, tolerance)
 
     def curvature_spectrum(self, needs: Sum) -> Spectrum:
         """Clamped eigenpairs of K or E."""
@@ -275,6 +282,14 @@ class LayerMatrices:
         if key not in self._spectra:
             self._spectra[key] = symmetric_spectrum(self.curvature(needs), self._given.tolerance)
         return self._spectra[key]
+
+    def curvature_values(self, needs: Sum) -> Tensor:
+        """Clamped eigenvalues of K or E, largest first, ``[groups, r]``."""
+        if ("backward", needs) in self._spectra:
+            return self._spectra["backward", needs].values
+        if needs not in self._values:
+            self._values[needs] = symmetric_values(self.curvature(needs), self._given.tolerance)
+        return self._values[needs]
 
     def _gram(self, side: Side, rows: Tensor, frame: Frame | None) -> Factored:
         key = (side, frame is None)

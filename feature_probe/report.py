@@ -235,11 +235,14 @@ class Report:
         return [_note(text, list(layers), len(self.layers)) for text, layers in found.items()]
 
     def __str__(self) -> str:
+        frozen = self.settings.get("source") == "measure"
+        when = "frozen weights" + (f" after step {self.step}" if self.step else "")
         title = (
-            f"step {self.step}: cosine with the weight's Gram matrix, 1 = full agreement "
-            "(in brackets the level by chance)"
+            f"{when if frozen else f'step {self.step}'}: cosine with the weight's Gram matrix, "
+            "1 = full agreement"
         )
-        return "\n".join([title, self.table(), *self.notes(), str(self.coverage)])
+        legend = "in brackets the level by chance: " + "; ".join(_legend(self.records))
+        return "\n".join([title, self.table(), legend, *self.notes(), str(self.coverage)])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, JSON-ready (NaN as None); the matrices are not part of it."""
@@ -290,6 +293,14 @@ def _align(rows: Sequence[Sequence[str]]) -> str:
         for row in rows
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _legend(records: Sequence[Record]) -> list[str]:
+    """Which level stands in brackets for which relations."""
+    shared = [r.relation for r in records if not math.isnan(r.shared_weight_cosine)]
+    rotated = [r.relation for r in records if r.relation not in shared]
+    said = {"a random rotation": rotated, "the same W with random gradient directions": shared}
+    return [f"{', '.join(dict.fromkeys(names))}: {how}" for how, names in said.items() if names]
 
 
 def _note(text: str, layers: list[str], total: int) -> str:

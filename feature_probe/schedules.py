@@ -17,7 +17,7 @@ def every(interval: int, start: int = 0) -> Schedule:
     Raises:
         ConfigurationError: if ``interval`` is not a positive integer.
     """
-    positive_integer("every (unless it is a function step -> bool)", interval)
+    positive_integer("every (or a function step -> bool in its place)", interval)
     return lambda step: step >= start and (step - start) % interval == 0
 
 

@@ -122,7 +122,7 @@ def _scores(
     if relation.side == "forward":
         shared = shared_weight_cosine(
             matrices.input_rows[0],
-            matrices.curvature_spectrum(relation.needs),
+            matrices.curvature_values(relation.needs),
             1.0 if power is None else power,
             statistics.tolerance,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -40,10 +40,10 @@ class Target:
     """
 
     name: str
-    modules: tuple[nn.Module, ...]
+    modules: tuple[nn.Module, ...] = field(repr=False)
     aliases: tuple[str, ...]
-    rule: LayerRule
-    parameter: nn.Parameter | None
+    rule: LayerRule = field(repr=False)
+    parameter: nn.Parameter | None = field(repr=False)
     intercepted: bool
     groups: int
     d_out: int

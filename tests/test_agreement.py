@@ -280,7 +280,7 @@ def test_shared_weight_cosine_in_closed_form(k: int, d: int) -> None:
         lm = gram_out @ m
         cosines.append(float((gram_out * lm.T).sum() / gram_out.norm() / (lm * lm.T).sum().sqrt()))
     expected = sum(cosines) / len(cosines)
-    got = shared_weight_cosine(weight, spectrum_of(values), 1.0, CLAMP)
+    got = shared_weight_cosine(weight, spectrum_of(values).values, 1.0, CLAMP)
     assert abs(got - expected) < 0.01
     chance = compare(Factored.gram(weight), Factored.gram(values.sqrt()[..., None] * weight))
     assert abs(expected - chance.chance_cosine) > 0.03
@@ -289,7 +289,7 @@ def test_shared_weight_cosine_in_closed_form(k: int, d: int) -> None:
 def test_the_papers_control_at_full_size() -> None:
     """MATH §3's table: 0.67 at 16 × 784 and 0.40 at 256 × 256, s = 1."""
     for k, d, expected in ((16, 784, 0.67), (256, 256, 0.40)):
-        got = shared_weight_cosine(normal(1, k, d), spectrum_of(decaying(1, k)), 1.0, CLAMP)
+        got = shared_weight_cosine(normal(1, k, d), spectrum_of(decaying(1, k)).values, 1.0, CLAMP)
         assert abs(got - expected) < 0.02
 
 
@@ -299,7 +299,7 @@ def test_shared_weight_cosine_at_other_powers(shape: tuple[int, int, int], power
     """At s ≠ 1 the mean of the few draws is that of 150 others, within their spread."""
     weight, values = normal(*shape), decaying(*shape[:2])
     cosines = monte_carlo(weight, values, power, 150)
-    got = shared_weight_cosine(weight, spectrum_of(values), power, CLAMP)
+    got = shared_weight_cosine(weight, spectrum_of(values).values, power, CLAMP)
     assert abs(got - float(cosines.mean())) < 5 * float(cosines.std()) / math.sqrt(5)
     assert abs(got - float(cosines.mean())) < 0.05
 
@@ -309,7 +309,7 @@ def test_shared_weight_cosine_of_groups() -> None:
     weight = normal(3, 10, 8) * torch.tensor([1.0, 2.0, 0.5])[:, None, None]
     values = decaying(3, 10) * torch.tensor([1.0, 0.3, 2.0])[:, None]
     cosines = monte_carlo(weight, values, 1.0, 800)
-    got = shared_weight_cosine(weight, spectrum_of(values), 1.0, CLAMP)
+    got = shared_weight_cosine(weight, spectrum_of(values).values, 1.0, CLAMP)
     assert abs(got - float(cosines.mean())) < 0.015
 
 
@@ -319,7 +319,7 @@ def test_shared_weight_cosine_where_k_has_lost_eigenvalues() -> None:
     values = torch.cat([decaying(1, 4), torch.zeros(1, 20, dtype=torch.float64)], dim=1)
     for power in (1.0, 0.5):
         cosines = monte_carlo(weight, values, power, 300)
-        got = shared_weight_cosine(weight, spectrum_of(values), power, CLAMP)
+        got = shared_weight_cosine(weight, spectrum_of(values).values, power, CLAMP)
         # the closed form is a ratio of expectations, low by up to 0.02 in narrow layers
         bound = 0.02 if power == 1.0 else 5 * float(cosines.std()) / math.sqrt(8)
         assert abs(got - float(cosines.mean())) < bound
@@ -331,10 +331,14 @@ def test_shared_weight_cosine_of_a_spherical_k() -> None:
     spectrum = spectrum_of(torch.full((1, 6), 2.5, dtype=torch.float64))
     rows = Factored.gram(spectrum.rows(1.0) @ weight)
     at_one = compare(Factored.gram(weight), rows).cosine
-    assert math.isclose(shared_weight_cosine(weight, spectrum, 1.0, CLAMP), at_one, rel_tol=1e-12)
+    assert math.isclose(
+        shared_weight_cosine(weight, spectrum.values, 1.0, CLAMP), at_one, rel_tol=1e-12
+    )
     s = torch.linalg.svdvals(weight[0])
     half = float((s**3).sum() / (s**4).sum().sqrt() / (s**2).sum().sqrt())  # MATH §7 at s = ½
-    assert math.isclose(shared_weight_cosine(weight, spectrum, 0.5, CLAMP), half, rel_tol=1e-10)
+    assert math.isclose(
+        shared_weight_cosine(weight, spectrum.values, 0.5, CLAMP), half, rel_tol=1e-10
+    )
 
 
 def test_shared_weight_cosine_repeats_by_seed_and_leaves_the_random_state() -> None:
@@ -342,7 +346,7 @@ def test_shared_weight_cosine_repeats_by_seed_and_leaves_the_random_state() -> N
     weight, spectrum = normal(1, 8, 6), spectrum_of(decaying(1, 8))
     state = torch.random.get_rng_state()
     one, again, other = (
-        shared_weight_cosine(weight, spectrum, 0.5, CLAMP, seed=seed) for seed in (3, 3, 4)
+        shared_weight_cosine(weight, spectrum.values, 0.5, CLAMP, seed=seed) for seed in (3, 3, 4)
     )
     assert one == again != other
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -353,7 +357,7 @@ def test_shared_weight_cosine_of_many_rows_has_fewer_draws() -> None:
     weight, values = normal(1, 140, 20), decaying(1, 140)
     cosines = monte_carlo(weight, values, 0.5, 20)
     assert float(cosines.std()) < 0.02
-    got = shared_weight_cosine(weight, spectrum_of(values), 0.5, CLAMP)
+    got = shared_weight_cosine(weight, spectrum_of(values).values, 0.5, CLAMP)
     assert abs(got - float(cosines.mean())) < 4.5 * float(cosines.std())
 
 
@@ -361,15 +365,22 @@ def test_shared_weight_cosine_of_many_rows_has_fewer_draws() -> None:
 @pytest.mark.parametrize(
     ("weight", "values"),
     [
-        (normal(1, 1, 5), torch.ones(1, 1, dtype=torch.float64)),
+        (normal(3, 1, 5), torch.ones(3, 1, dtype=torch.float64)),
         (normal(1, 4, 5), torch.zeros(1, 4, dtype=torch.float64)),
         (torch.zeros(1, 4, 5, dtype=torch.float64), torch.ones(1, 4, dtype=torch.float64)),
     ],
-    ids=["one row", "K is zero", "W is zero"],
+    ids=["blocks of one row", "K is zero", "W is zero"],
 )
 def test_shared_weight_cosine_undefined(weight: Tensor, values: Tensor, power: float) -> None:
     """NaN where there is nothing to rotate or nothing to compare."""
-    assert math.isnan(shared_weight_cosine(weight, spectrum_of(values), power, CLAMP))
+    assert math.isnan(shared_weight_cosine(weight, spectrum_of(values).values, power, CLAMP))
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_one_row_agrees_whatever_k_is(power: float) -> None:
+    """With one output row every K gives WᵀKW ∝ WᵀW, so the level to beat is 1."""
+    values = torch.full((1, 1), 0.3, dtype=torch.float64)
+    assert shared_weight_cosine(normal(1, 1, 5), values, power, CLAMP) == 1.0
 
 
 # --------------------------------------------------------------------------- NaN with a reason

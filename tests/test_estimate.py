@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -168,17 +170,39 @@ def test_rows_and_flops_of_layers() -> None:
 
 def test_amortised() -> None:
     """Probed steps over all steps; a window as long as the interval is every step."""
-    estimate = Estimate(layers=(), bytes_held=0, bytes_peak=0, step_ratio=3.0)
+    estimate = Estimate(
+        layers=(), bytes_held=0, bytes_peak=0, step_ratio=3.0, report_seconds=0.0, step_seconds=0.5
+    )
     assert math.isclose(estimate.amortised(100, 4), 1.08)
     assert estimate.amortised(4, 4) == estimate.amortised(2, 4) == 3.0
+    with_report = replace(estimate, report_seconds=2.0)
+    assert math.isclose(with_report.amortised(100, 4), 1.12)
 
 
 def test_text() -> None:
     """Totals first, then a line per layer."""
-    first, *rest = str(FeatureProbe.estimate(mlp(), torch.randn(N, 10))).split("\n")
+    estimate = FeatureProbe.estimate(mlp(), torch.randn(N, 10))
+    first, second, *rest = str(estimate).split("\n")
     assert "4.492 KiB held" in first
     assert "plain steps" in first
+    assert f"a report takes about {estimate.report_seconds:.2g} s" in second
     assert [line.split(":")[0] for line in rest] == ["0", "2"]
+
+
+def test_the_time_of_a_report_is_that_of_a_report() -> None:
+    """The estimated seconds lie within a factor of a few of what a reporting step takes."""
+    model = nn.Sequential(nn.Linear(300, 400), nn.Tanh(), nn.Linear(400, 200))
+    x = torch.randn(2000, 300)
+    estimate = FeatureProbe.estimate(model, x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, weight_decay=0.1)
+    with FeatureProbe(model, optimizer=optimizer, every=1, window=1, strict=True) as probe:
+        model(x).square().mean().backward()
+        start = time.perf_counter()
+        optimizer.step()
+        took = time.perf_counter() - start
+    assert probe.report is not None
+    assert 0.2 < estimate.report_seconds / took < 5
+    assert estimate.step_seconds > 0
 
 
 # --------------------------------------------------------------------------- side effects

@@ -886,27 +886,49 @@ def test_a_fault_in_a_step_leaves_the_step_out() -> None:
 
 def test_a_report_of_a_step_that_failed_says_so() -> None:
     """Where a fault left nothing to report, the reason is not that no gradient arrived."""
+    calls: list[int] = []
 
-    def never(out: Tensor) -> Tensor:
-        raise RuntimeError("not today")
+    def moody(out: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("not today")
+        return out
 
-    probe, (report,) = train(network(), batches(3), output=never, strict=False)
+    probe, (_, report) = train(
+        network(), batches(3, 3), every=1, window=1, output=moody, strict=False
+    )
     assert probe.faults == 1
     assert report.settings["window"] == 0
     for record in report.records:
         assert math.isnan(record.cosine)
         assert record.n_examples == 0
         assert "no gradient reached" not in record.status
+        assert "fault" in record.status
 
 
 def test_strict_raises_what_a_hook_raises() -> None:
-    """strict=True: a failing output= reaches the loop."""
+    """strict=True: an output= that fails in a later step reaches the loop."""
+    calls: list[int] = []
+
+    def moody(out: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("not today")
+        return out
+
+    with pytest.raises(ConfigurationError, match="RuntimeError: not today"):
+        train(network(), batches(3, 3), every=1, output=moody)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_output_that_fails_at_once_is_refused(strict: bool) -> None:
+    """A failing output= is raised in the first forward pass, strict or not: it cannot work."""
 
     def never(out: Tensor) -> Tensor:
-        raise RuntimeError("not today")
+        raise KeyError("logit")
 
-    with pytest.raises(RuntimeError, match="not today"):
-        train(network(), batches(3), output=never)
+    with pytest.raises(ConfigurationError, match="output= raised KeyError: 'logit'"):
+        train(network(), batches(3), output=never, strict=strict)
 
 
 def test_a_schedule_that_raises_does_not_end_training() -> None:

@@ -12,8 +12,8 @@ from feature_probe.sinks.series import by_label, defined, stationarity_by_layer
 from feature_probe.sinks.wording import SCORE_NAMES, chance_meaning, layer_name
 
 _BRACKETS = (
-    " In brackets: the cosine that chance alone would give, because two matrices with only "
-    "positive eigenvalues never have a cosine near 0. A cosine means agreement only where it is "
+    " In brackets: the cosine that chance alone would give; where both matrices have only "
+    "positive eigenvalues it is far above 0. A cosine means agreement only where it is "
     "well above its bracket."
 )
 _SYMBOLS = (
