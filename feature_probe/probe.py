@@ -216,7 +216,7 @@ class FeatureProbe:
         self._attached = False
         if self.report is None:
             logger.warning(
-                "the probe made no report: it saw %d steps, and none of them was due%s",
+                "the probe made no report: of the steps it saw (%d) none was due%s",
                 self._step,
                 "" if self._optimizer is not None else " (without optimizer= call probe.step())",
             )
@@ -270,13 +270,13 @@ class FeatureProbe:
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if not _has_closure(args, kwargs):
+        if self._observer.recorder.armed and not _has_closure(args, kwargs):
             self._guard("collecting a step", self._collect)
 
     def _after_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if _has_closure(args, kwargs):  # the backward passes ran inside the step
+        if self._observer.recorder.armed and _has_closure(args, kwargs):  # the backward passes ran inside the step
             self._guard("collecting a step", self._collect)
         self._advance()
 
@@ -289,7 +289,7 @@ class FeatureProbe:
         ahead = range(self._step, self._step + self._window_steps)
         if self._step == 0 or any(self._due(step) for step in ahead):
             self._observer.recorder.arm()
-        else:
+        elif self._observer.recorder.armed:
             self._observer.recorder.disarm()
 
     def _collect(self) -> None:
