@@ -276,7 +276,8 @@ class FeatureProbe:
     def _after_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if self._observer.recorder.armed and _has_closure(args, kwargs):  # the backward passes ran inside the step
+        # the backward passes ran inside the step
+        if self._observer.recorder.armed and _has_closure(args, kwargs):
             self._guard("collecting a step", self._collect)
         self._advance()
 
