@@ -122,9 +122,7 @@ def measure(
         finally:
             observer.recorder.disarm()
     if window.examples == 0:
-        raise ConfigurationError(
-            "nothing was measured: the loader gave no batch, or the model itself was not called"
-        )
+        raise ConfigurationError("nothing was measured: the loader gave no batch")
     described = {
         "source": "measure",
         "jacobian": jacobian,

@@ -193,16 +193,18 @@ def test_the_time_of_a_report_is_that_of_a_report() -> None:
     """The estimated seconds lie within a factor of a few of what a reporting step takes."""
     model = nn.Sequential(nn.Linear(300, 400), nn.Tanh(), nn.Linear(400, 200))
     x = torch.randn(2000, 300)
-    estimate = FeatureProbe.estimate(model, x)
+    estimates = [FeatureProbe.estimate(model, x) for _ in range(3)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, weight_decay=0.1)
+    took = []
     with FeatureProbe(model, optimizer=optimizer, every=1, window=1, strict=True) as probe:
-        model(x).square().mean().backward()
-        start = time.perf_counter()
-        optimizer.step()
-        took = time.perf_counter() - start
+        for _ in range(3):  # the fastest of three, as the machine may be busy
+            model(x).square().mean().backward()
+            start = time.perf_counter()
+            optimizer.step()
+            took.append(time.perf_counter() - start)
     assert probe.report is not None
-    assert 0.2 < estimate.report_seconds / took < 5
-    assert estimate.step_seconds > 0
+    assert 0.2 < min(estimate.report_seconds for estimate in estimates) / min(took) < 5
+    assert all(estimate.step_seconds > 0 for estimate in estimates)
 
 
 # --------------------------------------------------------------------------- side effects
