@@ -137,6 +137,37 @@ class Transposed(nn.Module):
         return self.head(F.relu_(self.inner(x.mT)).flatten(1))
 
 
+class Conv1D(nn.Module):
+    """What transformers' Conv1D is, for machines without transformers: found by its path."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.randn(nx, nf))
+        self.bias = nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
+        return rows.view(*x.shape[:-1], self.nf)
+
+
+Conv1D.__module__ = "transformers.pytorch_utils"
+
+
+class Tokens(nn.Module):
+    """An embedding, a tanh over positions that mixes them, and a head."""
+
+    def __init__(self, positions: int, **options: Any) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(6, 4, **options)
+        self.mix = nn.Linear(4 * positions, 5)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.embedding(x))
+        return self.head(torch.tanh(self.mix(y.reshape(len(x), -1))))
+
+
 class TwoHeads(nn.Module):
     """One input into two layers, and a layer whose output also is the model's output."""
 
@@ -159,13 +190,14 @@ def sequential(*layers: nn.Module, like: tuple[int, ...]) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class Case:
-    """A model and the shape of one example; the layers are all its Linear and Conv modules."""
+    """A model and the shape of one example; the layers are all modules the oracle knows."""
 
     model: Callable[[], nn.Module]
     shape: tuple[int, ...]
     sharing: dict[str, tuple[str, ...]] = field(default_factory=dict)
     classes: int = 0  # > 0: cross-entropy over the last axis, else mean squared error
     reducible: bool = True
+    vocabulary: int = 0  # > 0: the input is indices below it
 
 
 def conv(dim: int, space: tuple[int, ...], c_in: int, c_out: int, **options: Any) -> Case:
@@ -279,6 +311,92 @@ CASES: dict[str, Case] = {
 }
 
 
+def transposed(dim: int, space: tuple[int, ...], c_in: int, c_out: int, **options: Any) -> Case:
+    """A transposed convolution under test, then tanh and a Linear head."""
+    kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dim - 1]
+    shape = (c_in, *space)
+    return Case(lambda: sequential(kind(c_in, c_out, **options), like=shape), shape)
+
+
+#: Layer types beyond Linear and Conv that are measured without being asked for.
+TYPE_CASES: dict[str, Case] = {
+    "transposed1d": transposed(1, (5,), 3, 2, kernel_size=3),
+    "transposed1d wide to narrow": transposed(1, (4,), 7, 1, kernel_size=2, stride=2),
+    "transposed1d stride padding": transposed(1, (5,), 3, 2, kernel_size=3, stride=2, padding=1),
+    "transposed1d output padding": transposed(
+        1, (4,), 3, 2, kernel_size=3, stride=3, padding=1, output_padding=2
+    ),
+    "transposed1d output padding, nothing cropped": transposed(
+        1, (4,), 3, 2, kernel_size=2, stride=3, output_padding=1
+    ),
+    "transposed1d output padding beyond the stride": transposed(
+        1, (5,), 3, 2, kernel_size=2, dilation=3, output_padding=2
+    ),
+    "transposed1d dilation": transposed(
+        1, (5,), 2, 3, kernel_size=3, stride=2, dilation=2, padding=3
+    ),
+    "transposed1d crops more than a tap": transposed(1, (6,), 3, 2, kernel_size=2, padding=2),
+    "transposed1d groups": transposed(1, (5,), 4, 6, kernel_size=2, stride=2, groups=2),
+    "transposed1d depthwise": transposed(1, (5,), 3, 3, kernel_size=3, groups=3, padding=1),
+    "transposed2d": transposed(2, (3, 4), 3, 2, kernel_size=2),
+    "transposed2d no bias": transposed(2, (3, 3), 3, 2, kernel_size=2, stride=2, bias=False),
+    "transposed2d of a generator": transposed(2, (3, 3), 4, 1, kernel_size=4, stride=2, padding=1),
+    "transposed2d asymmetric": transposed(
+        2, (3, 4), 2, 3, kernel_size=(2, 3), stride=(1, 2), padding=(0, 2), dilation=(2, 1)
+    ),
+    "transposed2d groups, every option": transposed(
+        2,
+        (3, 4),
+        4,
+        6,
+        kernel_size=(3, 2),
+        groups=2,
+        stride=(2, 3),
+        padding=(1, 0),
+        output_padding=(1, 2),
+        dilation=(1, 2),
+        bias=False,
+    ),
+    "transposed3d": transposed(3, (2, 3, 2), 2, 1, kernel_size=2, stride=2),
+    "transposed3d asymmetric": transposed(
+        3,
+        (2, 2, 3),
+        4,
+        2,
+        kernel_size=(1, 2, 3),
+        groups=2,
+        stride=(1, 2, 2),
+        padding=(0, 1, 1),
+        output_padding=(0, 1, 0),
+    ),
+    "transposed into conv": Case(
+        lambda: sequential(
+            nn.Conv2d(2, 3, 2), nn.Tanh(), nn.ConvTranspose2d(3, 2, 3), like=(2, 3, 3)
+        ),
+        (2, 3, 3),
+    ),
+    "Conv1D [n,d]": Case(lambda: sequential(Conv1D(5, 4), like=(4,)), (4,)),
+    "Conv1D [n,s,d]": Case(lambda: sequential(Conv1D(5, 4), like=(3, 4)), (3, 4)),
+    "Conv1D after Conv1D": Case(
+        lambda: sequential(Conv1D(6, 4), nn.Tanh(), Conv1D(3, 6), like=(3, 4)), (3, 4)
+    ),
+}
+
+#: Embeddings: measured where their rule is registered.
+EMBEDDING_CASES: dict[str, Case] = {
+    "embedding [n]": Case(lambda: Tokens(1), (), vocabulary=6),
+    "embedding [n,s]": Case(lambda: Tokens(3), (3,), vocabulary=6),
+    "embedding [n,a,b]": Case(lambda: Tokens(4), (2, 2), vocabulary=6),
+    "embedding padding index": Case(lambda: Tokens(3, padding_idx=2), (3,), vocabulary=6),
+    "embedding sparse": Case(lambda: Tokens(3, sparse=True), (3,), vocabulary=6),
+    "embedding sparse, padding index": Case(
+        lambda: Tokens(3, sparse=True, padding_idx=-1), (3,), vocabulary=6
+    ),
+}
+
+ALL_CASES = CASES | TYPE_CASES | EMBEDDING_CASES
+
+
 # --------------------------------------------------------------------------- shared pieces
 
 
@@ -316,6 +434,8 @@ def build(case: Case, n: int = N, seed: int = 1) -> Problem:
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2.0)
     x = torch.randn(n, *case.shape, dtype=torch.float64)
+    if case.vocabulary:
+        x = torch.randint(case.vocabulary, (n, *case.shape))
     output = model(x.clone())
     if case.classes:
         y = torch.randint(case.classes, output.shape[:-1])
@@ -327,8 +447,7 @@ def build(case: Case, n: int = N, seed: int = 1) -> Problem:
     layers = {
         name: case.sharing.get(name, (name,))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        and (name in case.sharing or name not in shared)
+        if oracle.is_layer(module) and (name in case.sharing or name not in shared)
     }
     return Problem(model, x, y, loss_fn, layers)
 
@@ -336,7 +455,7 @@ def build(case: Case, n: int = N, seed: int = 1) -> Problem:
 @functools.cache
 def solved(name: str) -> tuple[Problem, dict[str, oracle.Rows]]:
     """The case and the oracle's rows, once per test session."""
-    problem = build(CASES[name])
+    problem = build(ALL_CASES[name])
     return problem, problem.rows()
 
 

@@ -3,7 +3,8 @@
 Shares no code with feature_probe and imports nothing of it. One example at a time goes through the
 model; a zero perturbation δ is added to the layer's output, so that ∂ℓ_i/∂δ and ∂f_i/∂δ are
 derivatives with respect to the pre-activation z = W h (+ bias) whatever happens to the output
-later; patches are gathered by index arithmetic written out here; ∇_h = Wᵀ∇_z is formed row by row
+later (a transposed convolution has its δ on the columns, before they are folded up); patches are
+gathered, and columns folded, by index arithmetic written out here; ∇_h = Wᵀ∇_z is formed row by row
 and the outer products are added up in the space where the paper defines them.
 """
 
@@ -72,11 +73,39 @@ class Scores:
 # --------------------------------------------------------------------------- the model's layers
 
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is of a type the oracle knows."""
+    known = (nn.Linear, nn.Embedding, *CONVOLUTIONS, *TRANSPOSED)
+    return isinstance(module, known) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D (or looks like it): z = x @ weight + bias."""
+    return type(module).__name__ == "Conv1D"
+
+
 def layer_weight(module: nn.Module) -> Tensor:
-    """The weight as ``[groups, d_out, d_in]``; d_in is channel-major, then kernel offsets."""
-    weight = module.weight.detach().clone().double()  # training goes on
+    """The weight as ``[groups, d_out, d_in]``; see :func:`stored_matrix`."""
+    return stored_matrix(module, module.weight.detach().clone().double())  # training goes on
+
+
+def stored_matrix(module: nn.Module, stored: Tensor) -> Tensor:
+    """An array laid out like the module's weight as ``[groups, d_out, d_in]``.
+
+    A convolution's d_in is channel-major, then kernel offsets; so is a transposed one's d_out.
+    """
+    if is_conv1d(module) or isinstance(module, nn.Embedding):
+        return torch.stack(list(stored.unbind(0)), dim=1)[None]
     groups = getattr(module, "groups", 1)
-    return weight.reshape(groups, weight.shape[0] // groups, -1)
+    if isinstance(module, TRANSPOSED):
+        per_group = stored.shape[0] // groups
+        parts = [stored[b * per_group : (b + 1) * per_group] for b in range(groups)]
+        return torch.stack([part.flatten(1).T for part in parts])
+    return stored.reshape(groups, stored.shape[0] // groups, -1)
 
 
 def source_index(position: int, length: int, mode: str) -> int | None:
@@ -137,19 +166,92 @@ def patches(module: nn.Module, x: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+def one_hot(module: nn.Embedding, indices: Tensor) -> Tensor:
+    """A row per index; zero at the padding index, whose vector gets no gradient."""
+    rows = torch.zeros(indices.numel(), 1, module.num_embeddings, dtype=torch.float64)
+    for position, index in enumerate(indices.flatten().tolist()):
+        if index != module.padding_idx:
+            rows[position, 0, index] = 1.0
+    return rows
+
+
 def input_rows(module: nn.Module, x: Tensor) -> Tensor:
     """Rows h of one call on one example: ``[positions, groups, d_in]``."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Embedding):
+        return one_hot(module, x)
+    if isinstance(module, nn.Linear) or is_conv1d(module):
         return x.reshape(-1, 1, x.shape[-1])
+    if isinstance(module, TRANSPOSED):
+        return _channels_by_group(module, x)
     return patches(module, x)
 
 
 def output_rows(module: nn.Module, z: Tensor) -> Tensor:
-    """An array shaped like the layer's output on one example, as ``[positions, groups, d_out]``."""
-    if isinstance(module, nn.Linear):
+    """An array shaped like :func:`zero_rows` on one example, as ``[positions, groups, d_out]``."""
+    if isinstance(module, TRANSPOSED):
+        return z
+    if isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module):
         return z.reshape(-1, 1, z.shape[-1])
-    channels_last = z[0].flatten(1).T  # [positions, C_out]
+    return _channels_by_group(module, z)
+
+
+def _channels_by_group(module: nn.Module, z: Tensor) -> Tensor:
+    """``[1, C, *space]`` as ``[positions, groups, C/groups]``."""
+    channels_last = z[0].flatten(1).T
     return channels_last.reshape(channels_last.shape[0], module.groups, -1)
+
+
+def zero_rows(module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+    """What is added to z = W h of one call on one example: a zero to differentiate by.
+
+    Shaped like the output; for a transposed convolution the columns before they are folded,
+    ``[positions, groups, d_out]``.
+    """
+    if isinstance(module, TRANSPOSED):
+        taps = math.prod(module.kernel_size)
+        shape = (math.prod(x.shape[2:]), module.groups, module.out_channels // module.groups * taps)
+        return output.new_zeros(shape, requires_grad=True)
+    return torch.zeros_like(output, requires_grad=True)
+
+
+def into_output(module: nn.Module, x: Tensor, delta: Tensor, output: Tensor) -> Tensor:
+    """What :func:`zero_rows` adds to the output: itself, or the fold of the columns."""
+    if isinstance(module, TRANSPOSED):
+        return fold(module, delta, x.shape[2:], output.shape)
+    return delta
+
+
+def fold(module: nn.Module, columns: Tensor, space: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Add the columns of a transposed convolution up into its output, entry by entry.
+
+    Args:
+        module: The layer.
+        columns: ``[positions, groups, d_out]`` with d_out channel-major, then kernel offsets.
+        space: Sizes of the input.
+        shape: Shape of the output, ``[1, C_out, *space_out]``; what falls outside is cropped.
+    """
+    offsets = list(product(*(range(size) for size in module.kernel_size)))
+    channels = module.out_channels // module.groups
+    sources, targets = [], []
+    numbers = torch.arange(math.prod(shape)).reshape(*shape)
+    for place, position in enumerate(product(*(range(size) for size in space))):
+        for tap, offset in enumerate(offsets):
+            pixel = [
+                position[axis] * module.stride[axis]
+                + offset[axis] * module.dilation[axis]
+                - module.padding[axis]
+                for axis in range(len(space))
+            ]
+            if not all(0 <= pixel[axis] < shape[2 + axis] for axis in range(len(space))):
+                continue
+            for group in range(module.groups):
+                for channel in range(channels):
+                    row = place * module.groups + group
+                    sources.append((row * channels + channel) * len(offsets) + tap)
+                    targets.append(int(numbers[(0, group * channels + channel, *pixel)]))
+    taken = columns.reshape(-1)[torch.tensor(sources)]
+    flat = columns.new_zeros(math.prod(shape)).index_add(0, torch.tensor(targets), taken)
+    return flat.reshape(*shape)
 
 
 # --------------------------------------------------------------------------- rows, by example
@@ -206,9 +308,10 @@ def _collect_one(
 
     def inject(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            delta = torch.zeros_like(output, requires_grad=True)
-            calls[name].append((module, inputs[0].detach().clone(), delta))
-            return output + delta
+            x = inputs[0].detach().clone()
+            delta = zero_rows(module, x, output)
+            calls[name].append((module, x, delta))
+            return output + into_output(module, x, delta, output)
 
         return hook
 

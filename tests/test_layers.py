@@ -158,20 +158,35 @@ def test_an_instance_of_a_subclass_has_the_rule_of_its_parent() -> None:
         unregister_layer_rule(Sub)
 
 
+class SummedByHand(nn.Module):
+    """A transposed linear layer without any product that could be recognised."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x[..., None] * self.weight).sum(-2)
+
+
 def test_without_its_rule_the_layer_is_not_measured() -> None:
     """Registering is undone by unregistering: the layer is then a gap in the coverage."""
-    _, model = transposed_pair()
+    plain, model = transposed_pair()
+    model[2] = SummedByHand(model[2].weight)
     x, y = normal(5, 4), normal(5, 2, seed=1)
-    register_layer_rule(TransposedLinear, TransposedLinearRule())
-    assert TransposedLinear in known_layer_types()
-    assert run_measure(model, x, y).layers == ("0", "2", "4")
-    unregister_layer_rule(TransposedLinear)
-    assert TransposedLinear not in known_layer_types()
+    register_layer_rule(SummedByHand, TransposedLinearRule())
+    assert SummedByHand in known_layer_types()
+    report, expected = run_measure(model, x, y), run_measure(plain, x, y)
+    assert report.layers == ("0", "2", "4")
+    for kind in MATRICES:
+        torch.testing.assert_close(report.matrix("2", kind), expected.matrix("2", kind))
+    unregister_layer_rule(SummedByHand)
+    assert SummedByHand not in known_layer_types()
     report = run_measure(model, x, y)
     assert report.layers == ("0", "4")
     (gap,) = report.coverage.gaps()
     assert gap.parameter == "2.weight"
-    assert "TransposedLinear" in gap.reason
+    assert "SummedByHand" in gap.reason
 
 
 def test_unregistering_what_is_not_registered() -> None:
