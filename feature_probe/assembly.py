@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,16 +11,32 @@ from torch import Tensor, nn
 
 from feature_probe.coverage import Coverage, Measured, ParameterCoverage
 from feature_probe.decay import WeightDecay
-from feature_probe.layers import find_rule
+from feature_probe.models import plain_name
 from feature_probe.moments import sum_dtype
-from feature_probe.observer import Observer, Window
+from feature_probe.observer import Observer
+from feature_probe.refusals import unmeasured_reason
 from feature_probe.relations import LayerStatistics, Relation, Sum, clamp_tolerance
 from feature_probe.report import Record, Report
-from feature_probe.scoring import LayerFacts, score_layer
-from feature_probe.targets import Target
+from feature_probe.scoring import (
+    LayerFacts,
+    OnFault,
+    fault_status,
+    faulty_layer,
+    log_fault,
+    score_layer,
+)
+from feature_probe.targets import Discovery, Target
+from feature_probe.window import Window
 
 NO_GRADIENT = "no gradient reached"
-NEVER_CALLED = "the layer was never called as a module"
+NEVER_CALLED = "the layer was never called, as a module or through its weight"
+NEVER_SEEN = (
+    "the model itself was never called from plain Python (model(x), not model.forward(x) and not "
+    "inside a compiled function; torch.compile(model) itself can be followed)"
+)
+NEVER_USED = "no product with this weight was seen"
+#: Degrees of coverage, the worst last.
+_ORDER: tuple[Measured, ...] = ("all", "gradient only", "none")
 #: K within this relative distance of a multiple of the identity makes every NFA score a property
 #: of the weight alone.
 _TRIVIAL = 1e-6
@@ -32,25 +48,38 @@ class Assembler:
 
     Attributes:
         model: The probed module.
-        targets: Its measured layers.
+        discovery: Its measured layers.
         observer: What was seen and what could not be.
         decay: Where λ comes from.
         relations: The asked relations.
         powers: The asked powers.
         gradient_scale: Factor on the mean gradient: the training batch size where the loss is a
             sum and the mean is over examples, else 1.
+        on_fault: Called with what failed and where; may raise it. The report is made without it.
     """
 
     model: nn.Module
-    targets: Sequence[Target]
+    discovery: Discovery
     observer: Observer
     decay: WeightDecay
     relations: Sequence[Relation]
     powers: Sequence[float]
     gradient_scale: float = 1.0
+    on_fault: OnFault = log_fault
+
+    @property
+    def targets(self) -> Sequence[Target]:
+        """The measured layers, those found in use included."""
+        return self.discovery.targets
 
     def report(
-        self, window: Window, step: int, settings: Mapping[str, Any], *, keep: bool
+        self,
+        window: Window,
+        step: int,
+        settings: Mapping[str, Any],
+        *,
+        keep: bool,
+        weights: Mapping[int, Tensor] | None = None,
     ) -> Report:
         """Score every layer.
 
@@ -59,33 +88,40 @@ class Assembler:
             step: Optimizer steps taken before the weights as they stand now.
             settings: What the report says about how it was measured.
             keep: Whether the report holds the matrices, with a copy of the weights.
+            weights: Stored weights, by target, to be used in place of those as they stand now.
         """
         records: list[Record] = []
         statistics_by_layer: dict[str, LayerStatistics] = {}
         for index, target in enumerate(self.targets):
-            statistics = self._statistics(index, window, keep)
-            facts = LayerFacts(
-                layer=target.name,
-                step=step,
-                examples=window.examples,
-                rows=window.layers[index].rows,
-                premises=self._premises(index, statistics),
-            )
-            records += score_layer(facts, statistics, self.relations, self.powers)
+            facts = LayerFacts(target.name, step, window.examples, window.layer(index).rows, {})
+            try:
+                statistics = self._statistics(index, window, keep, weights or {})
+                facts = replace(facts, premises=self._premises(index, statistics))
+                records += score_layer(
+                    facts, statistics, self.relations, self.powers, self.on_fault
+                )
+            except Exception as error:  # one layer's failure must not cost the others
+                self.on_fault(error, f"scoring layer {target.name!r}")
+                records += faulty_layer(facts, error, self.relations, self.powers)
+                statistics = self._nothing(target, fault_status(error))
             statistics_by_layer[target.name] = statistics
         coverage = self._coverage(list(statistics_by_layer.values()))
         return Report(step, records, coverage, settings, statistics_by_layer if keep else {})
 
-    def _statistics(self, index: int, window: Window, copy: bool) -> LayerStatistics:
-        target, moments = self.targets[index], window.layers[index]
-        weight = self._weight(index)
+    def _statistics(
+        self, index: int, window: Window, copy: bool, weights: Mapping[int, Tensor]
+    ) -> LayerStatistics:
+        target, moments = self.targets[index], window.layer(index)
+        weight = self._weight(index, weights)
         scale = self.gradient_scale * self.decay.sign(target)
         gradient = _mean(moments.gradient, moments.gradient_weight, scale)
+        if gradient is not None and self.observer.recorder.uses_parameter(index):
+            gradient = target.gradient_matrix(gradient)
         jacobian, loss = (_mean(t, window.examples) for t in (moments.jacobian, moments.loss))
         if gradient is not None and index not in self.observer.reached and not gradient.any():
             gradient = None  # zeroed in place by the user, never filled
         dtypes = [t.dtype for t in (gradient, jacobian, loss) if t is not None]
-        problems = self.observer.problems
+        problems = self.observer.problems | window.problems
         return LayerStatistics(
             weight=weight.clone() if copy else weight,
             gradient=None if (index, "gradient") in problems else gradient,
@@ -96,12 +132,24 @@ class Assembler:
             missing=self._missing(index, window),
         )
 
-    def _weight(self, index: int) -> Tensor:
+    def _nothing(self, target: Target, reason: str) -> LayerStatistics:
+        return LayerStatistics(
+            weight=torch.full((target.groups, target.d_out, target.d_in), float("nan")),
+            gradient=None,
+            jacobian=None,
+            loss=None,
+            weight_decay=None,
+            tolerance=0.0,
+            missing=dict.fromkeys(("gradient", "jacobian", "loss"), reason),
+        )
+
+    def _weight(self, index: int, weights: Mapping[int, Tensor]) -> Tensor:
         target = self.targets[index]
-        weight = self.observer.recorder.weights.get(index, target.parameter)
+        used = self.observer.recorder.weights.get(index, target.parameter)
+        weight = weights.get(index, used)
         if weight is None:  # computed by the layer, which never ran
             return torch.full((target.groups, target.d_out, target.d_in), float("nan"))
-        return target.rule.matrix(target.module, weight.detach())
+        return target.matrix(weight.detach())
 
     def _frozen(self, index: int) -> bool:
         parameter = self.targets[index].parameter
@@ -115,15 +163,16 @@ class Assembler:
 
     def _missing(self, index: int, window: Window) -> dict[Sum, str]:
         """Why each absent sum is absent."""
-        recorder, problems = self.observer.recorder, self.observer.problems
+        recorder, problems = self.observer.recorder, self.observer.problems | window.problems
         if window.left_out and window.examples == 0:
             general = "left out after a fault in the probe (see the log)"
         elif index in recorder.problems:
             general = recorder.problems[index]
         elif not recorder.fired:
-            general = "the model itself was never called (model(x), not model.forward(x))"
+            general = NEVER_SEEN
         elif index not in recorder.fired:
-            general = NEVER_CALLED
+            general = NEVER_USED if self.targets[index].functional else NEVER_CALLED
+            general = self._not_followed(self.targets[index].parameter) or general
         elif index not in self.observer.reached and self._frozen(index):
             general = f"{NO_GRADIENT}: frozen, like all below it (measure() can see it)"
         else:
@@ -135,8 +184,8 @@ class Assembler:
                 missing[needs] = "not asked for"
             elif (index, needs) in problems:
                 missing[needs] = problems[index, needs]
-            elif needs == "gradient" and general == NEVER_CALLED:
-                missing[needs] = f"{NO_GRADIENT}; {NEVER_CALLED}"
+            elif needs == "gradient" and general in (NEVER_CALLED, NEVER_USED):
+                missing[needs] = f"{NO_GRADIENT}; {general}"
             else:
                 missing[needs] = general
         return missing
@@ -159,23 +208,23 @@ class Assembler:
         return premises
 
     def _coverage(self, statistics: Sequence[LayerStatistics]) -> Coverage:
-        measured_by = {
-            id(parameter): index
-            for index, target in enumerate(self.targets)
-            for module in target.modules
-            for parameter in weight_parameters(module)
-        }
+        measured_by: dict[int, list[int]] = {}
+        for index, target in enumerate(self.targets):
+            for parameter in weight_parameters(target):
+                measured_by.setdefault(id(parameter), []).append(index)
         entries = []
         for name, parameter in self.model.named_parameters():
-            if parameter.dim() < 2:
+            shown, indices = plain_name(name), measured_by.get(id(parameter))
+            if parameter.dim() < 2 or (indices is None and self._is_vector(parameter)):
                 continue
-            index = measured_by.get(id(parameter))
             size = parameter.numel()
-            if index is None:
-                entry = ParameterCoverage(name, size, None, "none", self._unmeasured(name))
+            if indices is None:
+                entry = ParameterCoverage(shown, size, None, "none", self._unmeasured(name))
             else:
-                layer = self.targets[index].name
-                entry = ParameterCoverage(name, size, layer, *self._degree(statistics[index]))
+                layers = ", ".join(self.targets[index].name for index in indices)
+                degrees = [self._degree(statistics[index]) for index in indices]
+                worst = max(degrees, key=lambda degree: _ORDER.index(degree[0]))
+                entry = ParameterCoverage(shown, size, layers, *worst)
             entries.append(entry)
         return Coverage(tuple(entries))
 
@@ -188,20 +237,36 @@ class Assembler:
         partial = "gradient" in asked and "gradient" not in absent
         return ("gradient only" if partial else "none"), reason
 
-    def _unmeasured(self, parameter: str) -> str:
-        owner = self.model.get_submodule(parameter.rpartition(".")[0])
-        if find_rule(owner) is not None:
+    def _unmeasured(self, name: str) -> str:
+        parameter = self.model.get_parameter(name)
+        if self.discovery.is_left_out(parameter):
             return "left out by include/exclude"
-        return f"{type(owner).__name__} is no layer type the probe measures"
+        owner = self.model.get_submodule(name.rpartition(".")[0])
+        use = self._not_followed(parameter)
+        return f"{type(owner).__name__}: {use}" if use else unmeasured_reason(owner)
+
+    def _not_followed(self, parameter: nn.Parameter | None) -> str:
+        """In which product a weight was used that is not followed, or ""."""
+        functions = "" if parameter is None else self.discovery.not_followed(parameter)
+        return f"used in {functions}, in a form that is not followed" if functions else ""
+
+    def _is_vector(self, parameter: nn.Parameter) -> bool:
+        """Whether it is a matrix in shape only (a token, a scale per channel), and no layer's."""
+        alone = parameter.numel() == max(parameter.shape)
+        return alone and not self.discovery.is_left_out(parameter)
 
 
-def weight_parameters(module: nn.Module) -> list[nn.Parameter]:
+def weight_parameters(target: Target) -> list[nn.Parameter]:
     """The parameters a layer's weight is made of: its own, and those of its parametrizations."""
-    held = list(module.parameters(recurse=False))
-    parametrizations = getattr(module, "parametrizations", None)
-    if isinstance(parametrizations, nn.Module):
-        held += list(parametrizations.parameters())
-    return held
+    if target.functional:
+        return [] if target.parameter is None else [target.parameter]
+    held: list[nn.Parameter] = []
+    for module in target.modules:
+        held += module.parameters(recurse=False)
+        parametrizations = getattr(module, "parametrizations", None)
+        if isinstance(parametrizations, nn.Module):
+            held += parametrizations.parameters()
+    return list({id(parameter): parameter for parameter in held}.values())
 
 
 def _mean(total: Tensor | None, count: float, scale: float = 1.0) -> Tensor | None:

@@ -1,40 +1,70 @@
 """Hooks only: follow the forward passes of a model and hand over pre-activation gradients.
 
-No hook stays on the user's modules between forward passes. While armed, one *global* forward
-pre-hook waits for the probed model; when that is called, hooks are put on its layers, and they are
-gone when it returns. So a copy or a pickle of the model made between two forward passes carries no
-trace of the probe. A layer's hook takes the gradient edge of its output and puts a tensor hook on
-it, anchored at the base where the output is a view: full backward hooks would make the forward of
-models with in-place operations raise.
+While armed, two hooks on the model itself wait for its calls (:mod:`feature_probe.compiled`); in a
+copy of the model they come off by themselves, in a pickle they are inert. When the model is called,
+hooks are put on its layers and a function mode notes functional products
+(:mod:`feature_probe.interception`); both are gone when it returns. Where the call itself cannot be
+followed, a shadow of it is (:mod:`feature_probe.following`).
+A layer's hook takes the gradient edge of its output and puts a tensor hook on it, anchored at the
+base where the output is a view: full backward hooks would make the forward of models with in-place
+operations raise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from feature_probe.interception import FunctionalTap, functorch_active
+from feature_probe.following import Follower
+from feature_probe.interception import (
+    FunctionalCall,
+    FunctionalTrace,
+    FunctionalUse,
+    fused_encoders,
+)
+from feature_probe.layers import TransposedLinearRule
 from feature_probe.passes import Anchor, Call, ForwardPass
-from feature_probe.targets import Target
+from feature_probe.resolution import WeightResolver, inside_checkpoint, recordable
+from feature_probe.sharding import GatheredParameters
+from feature_probe.targets import Discovery
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
+#: inputs, version and input_gradient of a call whose G must be formed from its input.
+Source = tuple[Tensor | None, int, Callable[[Tensor, Tensor], Tensor] | None]
+_NO_SOURCE: Source = (None, 0, None)
+#: A product inside a layer's own forward: its call, and where its gradient is read, if it has one.
+Product = tuple[FunctionalUse, tuple[Call, GradientEdge] | None]
 
 
 class Consumer(Protocol):
     """What is done with what the hooks see."""
 
+    def on_begin(self) -> None:
+        """The model is about to run."""
+
     def on_forward(self, forward: ForwardPass, output: Any) -> None:
         """The model returned ``output``; the graph below it is complete."""
 
-    def on_gradient(self, forward: ForwardPass, call: Call, gradient: Tensor) -> None:
-        """A backward pass of the user's delivered ∂L/∂z of one call."""
+    def on_backward(self, forward: ForwardPass) -> None:
+        """A backward pass has reached the output of a pass whose gradients come when it is over."""
+
+    def on_gradient(
+        self, forward: ForwardPass, call: Call, gradient: Tensor, task: int | None = None
+    ) -> None:
+        """A backward pass (the graph task that runs, or ``task``) delivered one call's gradient."""
+
+    def on_unfollowed(self, reason: str) -> None:
+        """The model's passes cannot be followed; nothing but the parameters' gradients is seen."""
+
+    def on_accumulated(self, parameter: Tensor | None) -> None:
+        """A backward pass added to the gradient of a parameter, None: of one that is sharded."""
 
     def on_fault(self, error: Exception, where: str) -> None:
         """A hook failed. Raising from here raises in the user's code."""
@@ -45,114 +75,239 @@ class Recorder:
 
     Args:
         model: The module whose calls are followed.
-        targets: The layers.
+        discovery: Its layers.
         consumer: Who gets the passes and the gradients.
         keep_inputs: Hold the inputs of layers whose G must be formed from them.
         inject_leaf: Give layer outputs that carry no gradient one, by adding a zero that requires
             it, so that frozen layers can be measured at frozen weights. Never in a training loop.
+        entrance: The model in the wrappers it is called through; None: it is called as it is.
+        products: Whether K or E is asked for.
+        in_training: Whether the user's loop calls the model.
 
     Attributes:
         listening: False while the probe's own products run through the graph.
         fired: Targets that were called at least once.
         weights: The effective weight last used by each intercepted target.
-        problems: Why an intercepted target could not be read.
+        problems: Why a target could not be read.
+        gathered: What a sharded model computes with.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        targets: Sequence[Target],
+        discovery: Discovery,
         consumer: Consumer,
         *,
         keep_inputs: bool = True,
         inject_leaf: bool = False,
+        entrance: nn.Module | None = None,
+        products: bool = True,
+        in_training: bool = False,
     ) -> None:
         self.listening = True
         self.fired: set[int] = set()
         self.weights: dict[int, Tensor] = {}
         self.problems: dict[int, str] = {}
         self._model = model
-        self._targets = targets
+        self._targets = discovery.targets
+        self._discovery = discovery
+        self._products = products
+        self._resolver = WeightResolver(model, discovery)
         self._consumer = consumer
         self._inject_leaf = inject_leaf
         self._keep_inputs = keep_inputs
-        self._index = {id(m): i for i, target in enumerate(targets) for m in target.modules}
-        self._waiting: RemovableHandle | None = None
+        self._index = {
+            id(module): i
+            for i, target in enumerate(self._targets)
+            if not target.functional
+            for module in target.modules
+        }
+        called = model if entrance is None else entrance  # some wrappers have no truth value
+        self._follower = Follower(called, model, self, in_training=in_training)
+        self._parameter_handles: list[RemovableHandle] = []
+        self.gathered = GatheredParameters(model, _Accumulated(self, gathered=True))
         self._layer_handles: list[RemovableHandle] = []
         self._model_handles: list[RemovableHandle] = []
         self._current: ForwardPass | None = None
-        self._taps: list[FunctionalTap] = []
+        self._trace: FunctionalTrace | None = None
+        #: layers that are running, with the products made in their own forward
+        self._running: list[tuple[int, list[Product]]] = []
 
     @property
     def armed(self) -> bool:
         """Whether forward passes are followed."""
-        return self._waiting is not None
+        return self._follower.armed
+
+    def attach(self) -> None:
+        """From now on notice it when the model is compiled."""
+        self._follower.attach()
+
+    def detach(self) -> None:
+        """Take every hook off."""
+        self.disarm()
+        self._follower.detach()
 
     def arm(self) -> None:
         """Follow the model's forward passes from the next one on; nothing if armed already."""
-        if self._waiting is None:
-            self._waiting = register_module_forward_pre_hook(_Waiting(self))
+        if self.armed:
+            return
+        self._follower.arm()
+        self.gathered.begin()
+        for parameter in self._model.parameters():
+            if parameter.requires_grad and parameter.is_leaf:
+                register: Any = parameter.register_post_accumulate_grad_hook
+                self._parameter_handles.append(register(_Accumulated(self)))
 
     def disarm(self) -> None:
-        """Take every hook off. Tensor hooks on graphs already built fall silent."""
-        if self._waiting is not None:
-            self._waiting.remove()
-            self._waiting = None
+        """Take the hooks off. Tensor hooks on graphs already built fall silent."""
+        self._follower.disarm()
+        for handle in self._parameter_handles:
+            handle.remove()
+        self._parameter_handles.clear()
+        self.gathered.end()
         self._end_pass()
 
-    def before_module(self, module: nn.Module) -> None:
-        """A module is about to run: start a pass if it is the model, intercept where needed."""
-        if module is self._model and _recordable():
-            self._begin_pass()
-        if self._current is None:
+    def began(self) -> None:
+        """The model is about to run."""
+        self._consumer.on_begin()
+
+    def begin(self, *, running: bool) -> None:
+        """Record from here on: hooks on the layers, a mode for functional products.
+
+        Args:
+            running: Whether the model is past its own pre-hooks.
+        """
+        self._end_pass()
+        self._current = ForwardPass()
+        fused = [] if self._inject_leaf else fused_encoders(self._model)
+        left_alone = {id(part) for encoder in fused for part in encoder.modules()}
+        for layer, intercepted in self._layers():
+            if id(layer) not in left_alone:
+                self._put_on(layer, intercepted, running and layer is self._model)
+        for encoder in fused:
+            before: Any = encoder.register_forward_pre_hook(_BeforeFused(self), with_kwargs=True)
+            after = encoder.register_forward_hook(_AfterFused(self), always_call=True)
+            self._layer_handles += [before, after]
+        self._resolver.begin()
+        self._trace = FunctionalTrace(_AfterCall(self))
+        self._trace.__enter__()  # type: ignore[no-untyped-call]
+
+    def end(self, *, raised: bool = False) -> ForwardPass | None:
+        """Record no further: the pass, which the caller has to release."""
+        current, self._current = self._current, None
+        # while torch handles an exception it iterates over the model's own hooks: leave those
+        self._end_pass(keep_model_hooks=raised)
+        return current
+
+    def deliver(self, forward: ForwardPass, output: Any) -> None:
+        """A pass is complete."""
+        self._consumer.on_forward(forward, output)
+
+    def entered(self, forward: ForwardPass) -> None:
+        """A backward pass has reached the output of a pass that is followed by its shadow."""
+        self._consumer.on_backward(forward)
+
+    def gradient(self, forward: ForwardPass, call: Call, gradient: Tensor, task: int) -> None:
+        """What backward pass ``task`` delivers at one call of a shadow."""
+        self._consumer.on_gradient(forward, call, gradient, task)
+
+    def cannot_follow(self, reason: str) -> None:
+        """K, E and what is formed from inputs cannot be had."""
+        self._consumer.on_unfollowed(reason)
+
+    def needs_calls(self) -> bool:
+        """Whether more is asked for than the gradients of known parameters."""
+        return (
+            self._products
+            or self._inject_leaf
+            or self._discovery.undecided
+            or any(
+                target.intercepted or target.parameter is None or not target.parameter.requires_grad
+                for target in self._targets
+            )
+        )
+
+    def before_fused(self, encoder: nn.Module, args: Arguments, kwargs: Keywords) -> None:
+        """An encoder that may run fused is about to: without us, unless gradients pass through."""
+        if self._current is None or self._trace is None:
             return
-        index = self._index.get(id(module))
-        if index is not None and self._targets[index].intercepted:
-            tap = FunctionalTap()
-            tap.__enter__()  # type: ignore[no-untyped-call]
-            self._taps.append(tap)
+        parts = {id(part) for part in encoder.modules()}
+        given = (*args, *kwargs.values())
+        if any(isinstance(value, Tensor) and value.requires_grad for value in given):
+            for layer, intercepted in self._layers():
+                if id(layer) in parts:
+                    self._put_on(layer, intercepted, running=False)
+            return
+        self._trace.leave()
+        for index, target in enumerate(self._targets):
+            if any(id(module) in parts for module in target.modules):
+                self.fired.add(index)
+
+    def after_fused(self) -> None:
+        """It has run."""
+        if self._trace is not None and not self._trace.active:
+            self._trace.__enter__()  # type: ignore[no-untyped-call]
+
+    def before_layer(self, module: nn.Module) -> None:
+        """A layer is about to run."""
+        if self._current is not None:
+            self._running.append((self._index[id(module)], []))
 
     def after_layer(
         self, module: nn.Module, args: Arguments, kwargs: Keywords, output: Any
     ) -> Tensor | None:
         """A layer has run: record the call. Returns a replacement output only to inject a leaf."""
         index = self._index[id(module)]
-        tap = None
-        if self._targets[index].intercepted and self._taps:
-            tap = self._taps.pop()
-            tap.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        if self._current is None or not isinstance(output, Tensor) or not _recordable():
+        products: list[Product] = []
+        while self._running:
+            running, products = self._running.pop()
+            if running == index:
+                break
+        if self._current is None or not isinstance(output, Tensor) or not recordable():
+            self._note_without_graph()
             return None
         self.fired.add(index)
-        replacement = None
+        if self._targets[index].intercepted:
+            self._record_product(index, module, products)
+            return None
+        replacement = self._with_gradient(output, (index,))
+        output = output if replacement is None else replacement
         if not output.requires_grad:
-            if not (self._inject_leaf and output.is_floating_point()):
-                return None
-            leaf = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-            replacement = output = output + leaf
-        source = self._gradient_source(index, module, args, kwargs, tap)
-        if not self._keep_inputs:
-            source = (None, 0, None)
-        if index not in self.problems:
-            anchor, tensor = Anchor.of(output)
-            call = Call(index, module, anchor, *source)
-            self._current.calls.append(call)
-            self._current.edges.append(get_gradient_edge(tensor))
-            hook = _Arrival(self, self._current, call)
-            tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+            return None
+        self.gathered.watch(module)
+        source = self._module_source(index, module, args, kwargs)
+        self._record(index, output, partial(self._targets[index].rule.rows, module), source)
         return replacement
 
-    def after_model(self, output: Any) -> None:
-        """The model has run, or raised (output None): end the pass."""
-        current, self._current = self._current, None
-        # while torch handles an exception it iterates over the model's own hooks: leave those
-        self._end_pass(keep_model_hooks=output is None)
-        if current is not None:
-            try:
-                if output is not None:
-                    self._consumer.on_forward(current, output)
-            finally:
-                current.release()
+    def after_call(self, call: FunctionalCall, value: Any) -> Tensor | None:
+        """A functional product was formed: note it for the layer that runs, or record it."""
+        if self._current is None or not isinstance(value, Tensor) or not recordable():
+            self._note_without_graph()
+            return None
+        readings = call.readings()
+        if self._running:
+            return self._note_product(readings, value)
+        for use in readings:
+            found = self._resolver.resolve(use)
+            if found:
+                break
+        else:
+            self._resolver.note(call)
+            return None
+        self.fired |= {match.index for match in found}
+        replacement = self._with_gradient(value, [match.index for match in found])
+        value = value if replacement is None else replacement
+        if value.requires_grad:
+            for match in found:
+                self.gathered.watch(self._targets[match.index].module)
+                source = self._functional_source(match.index, use, match.input_gradient)
+                self._record(match.index, value, match.to_rows, source)
+        return replacement
+
+    def accumulated(self, parameter: Tensor | None) -> None:
+        """A parameter's gradient has grown; None: that of what stands for a sharded parameter."""
+        if self.armed:
+            self._consumer.on_accumulated(parameter)
 
     def guarded(self, where: str, work: Callable[..., Any], *args: Any) -> Any:
         """Run ``work``; what it raises goes to the consumer instead of the user's code."""
@@ -165,86 +320,152 @@ class Recorder:
 
     def arrived(self, forward: ForwardPass, call: Call, gradient: Tensor) -> None:
         """A tensor hook fired: hand over, unless it is our own product or a create_graph pass."""
-        if self.listening and self.armed and not torch.is_grad_enabled():
-            self._consumer.on_gradient(forward, call, call.anchor.restore(gradient))
+        heard = self.listening and self.armed and not forward.void
+        heard = heard and call.index not in self.problems
+        if heard and not torch.is_grad_enabled():
+            self._consumer.on_gradient(forward, call, gradient)
 
     def uses_parameter(self, index: int) -> bool:
         """Whether the parameter's own gradient is the gradient of the matrix that was used."""
-        target = self._targets[index]
-        if target.parameter is None or not target.parameter.requires_grad:
+        parameter = self._targets[index].parameter
+        if parameter is None or not parameter.requires_grad:
             return False
-        return self.weights.get(index, target.parameter) is target.parameter
+        return self.weights.get(index, parameter) is parameter
 
-    def _begin_pass(self) -> None:
-        self._end_pass()
-        self._current = ForwardPass()
+    def _layers(self) -> Iterator[tuple[nn.Module, bool]]:
+        """The modules that are layers, and whether their forward is looked into."""
         for target in self._targets:
-            for layer in target.modules:
-                handle = layer.register_forward_hook(
-                    _AfterLayer(self),
-                    prepend=True,
-                    with_kwargs=True,
-                    always_call=target.intercepted,
-                )
-                own = layer is self._model
-                (self._model_handles if own else self._layer_handles).append(handle)
-        after = self._model.register_forward_hook(_AfterModel(self), always_call=True)
-        self._model_handles.append(after)
+            if not target.functional:
+                for layer in target.modules:
+                    yield layer, target.intercepted
+
+    def _put_on(self, layer: nn.Module, intercepted: bool, running: bool) -> None:
+        """Hooks on one layer, for one pass."""
+        held = self._model_handles if layer is self._model else self._layer_handles
+        after = layer.register_forward_hook(
+            _AfterLayer(self), prepend=True, with_kwargs=True, always_call=intercepted
+        )
+        held.append(after)
+        if running:
+            self.before_layer(layer)
+        else:
+            held.append(layer.register_forward_pre_hook(_BeforeLayer(self), prepend=True))
+
+    def _note_without_graph(self) -> None:
+        if self._current is not None and not torch.is_grad_enabled():
+            self._current.without_graph = True
 
     def _end_pass(self, keep_model_hooks: bool = False) -> None:
         for held in (self._layer_handles, [] if keep_model_hooks else self._model_handles):
             for handle in held:
                 handle.remove()
             held.clear()
-        while self._taps:
-            self._taps.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._running.clear()
+        trace, self._trace = self._trace, None
+        if trace is not None:
+            trace.leave()
         if self._current is not None:
             self._current.release()
             self._current = None
 
-    def _gradient_source(
-        self,
-        index: int,
-        module: nn.Module,
-        args: Arguments,
-        kwargs: Keywords,
-        tap: FunctionalTap | None,
-    ) -> tuple[Tensor | None, int, Callable[[Tensor, Tensor], Tensor] | None]:
-        """``inputs, version, input_gradient`` of a call whose G must be formed from its input."""
+    def _with_gradient(self, output: Tensor, indices: Sequence[int]) -> Tensor | None:
+        """The output with a gradient of its own where it had none and leaves are injected."""
+        if output.requires_grad or not (self._inject_leaf and output.is_floating_point()):
+            return None
+        if inside_checkpoint():  # which runs the layer again in the backward pass, without a leaf
+            self.problems |= dict.fromkeys(indices, "frozen, like all below it, in a checkpoint")
+            return None
+        leaf = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+        return output + leaf
+
+    def _note_product(self, readings: Sequence[FunctionalUse], value: Tensor) -> Tensor | None:
+        """A layer that may change its weight, or what it returns, forms a product.
+
+        Its gradient is read where the product is formed: what the layer does to it afterwards is no
+        part of z = W h.
+        """
+        index, products = self._running[-1]
         target = self._targets[index]
-        if tap is not None:
-            use = tap.single_use()
-            if use is None:
-                self.problems[index] = (
-                    f"the forward of {type(module).__name__} makes {len(tap.uses)} linear or "
-                    "convolution calls instead of one"
-                )
-                return None, 0, None
-            own = use.weight is target.parameter
-            self.weights[index] = use.weight if own else use.weight.detach()
-            if own and use.weight.requires_grad:
-                return None, 0, None
-            inputs, geometry, rule = use.inputs.detach(), use.geometry, target.rule
-            return (
-                inputs,
-                inputs._version,
-                lambda h, g: geometry.weight_gradient(rule, module, h, g),
+        if not target.intercepted:
+            return None
+        side = "columns" if isinstance(target.rule, TransposedLinearRule) else "rows"
+        uses = [use for use in readings if use.side == side]
+        if not uses:
+            return None
+        replacement = self._with_gradient(value, (index,))
+        value = value if replacement is None else replacement
+        listened = None
+        if value.requires_grad:
+            source = self._product_source(index, uses[0])
+            listened = self._listen(index, value, partial(target.rule.rows, target.module), source)
+        products.append((uses[0], listened))
+        return replacement
+
+    def _record_product(self, index: int, module: nn.Module, products: list[Product]) -> None:
+        """A layer that was looked into has run: its one product is the call."""
+        if len(products) != 1:
+            self.problems[index] = (
+                f"the forward of {type(module).__name__} makes {len(products)} linear or "
+                "convolution calls instead of one"
             )
+            return
+        use, listened = products[0]
+        own = self._targets[index].parameter
+        is_own = own is not None and self._resolver.parameter(use.weight) is own
+        self.weights[index] = own if own is not None and is_own else use.weight.detach()
+        if self._current is not None and listened is not None:
+            self.gathered.watch(module)
+            self._current.calls.append(listened[0])
+            self._current.edges.append(listened[1])
+
+    def _record(
+        self, index: int, output: Tensor, rows: Callable[[Tensor], Tensor], source: Source
+    ) -> None:
+        current = self._current
+        if current is not None:
+            call, edge = self._listen(index, output, rows, source)
+            current.calls.append(call)
+            current.edges.append(edge)
+
+    def _listen(
+        self, index: int, output: Tensor, rows: Callable[[Tensor], Tensor], source: Source
+    ) -> tuple[Call, GradientEdge]:
+        """Put the tensor hook on an output."""
+        anchor, tensor = Anchor.of(output)
+        call = Call(index, anchor, rows, *(source if self._keep_inputs else _NO_SOURCE))
+        if self._current is not None:
+            tensor.register_hook(_Arrival(self, self._current, call))  # type: ignore[no-untyped-call]
+        return call, get_gradient_edge(tensor)
+
+    def _module_source(
+        self, index: int, module: nn.Module, args: Arguments, kwargs: Keywords
+    ) -> Source:
+        target = self._targets[index]
         if target.parameter is not None and target.parameter.requires_grad:
-            return None, 0, None
-        inputs, rule = _first_tensor(args, kwargs).detach(), target.rule
-        return inputs, inputs._version, lambda h, g: rule.input_gradient_matrix(module, h, g)
+            return _NO_SOURCE
+        gradient = partial(target.rule.input_gradient_matrix, module)
+        return _source(_first_tensor(args, kwargs), gradient)
+
+    def _product_source(self, index: int, use: FunctionalUse) -> Source:
+        target = self._targets[index]
+        own = target.parameter
+        if own is not None and self._resolver.parameter(use.weight) is own and own.requires_grad:
+            return _NO_SOURCE
+        gradient = partial(use.geometry.weight_gradient, target.rule, target.module)
+        return _source(use.inputs, gradient)
+
+    def _functional_source(
+        self, index: int, use: FunctionalUse, gradient: Callable[[Tensor, Tensor], Tensor]
+    ) -> Source:
+        parameter = self._targets[index].parameter
+        if parameter is not None and parameter.requires_grad:
+            return _NO_SOURCE
+        return _source(use.inputs, gradient)
 
 
-def _recordable() -> bool:
-    """Whether a graph is being built by plain eager code, outside any backward pass."""
-    return (
-        torch.is_grad_enabled()
-        and torch._C._current_graph_task_id() == -1
-        and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and not functorch_active()
-    )
+def _source(inputs: Tensor, gradient: Callable[[Tensor, Tensor], Tensor]) -> Source:
+    held = inputs.detach()
+    return held, held._version, gradient
 
 
 def _first_tensor(args: Arguments, kwargs: Keywords) -> Tensor:
@@ -275,9 +496,9 @@ class _Hook:
         return _make_inert, ()
 
 
-class _Waiting(_Hook):
+class _BeforeLayer(_Hook):
     def __call__(self, module: nn.Module, args: Arguments) -> None:
-        self._recorder.guarded("forward", self._recorder.before_module, module)
+        self._recorder.guarded("layer forward", self._recorder.before_layer, module)
 
 
 class _AfterLayer(_Hook):
@@ -291,9 +512,31 @@ class _AfterLayer(_Hook):
         return replacement
 
 
-class _AfterModel(_Hook):
-    def __call__(self, module: nn.Module, args: Arguments, output: Any) -> None:
-        self._recorder.guarded("model forward", self._recorder.after_model, output)
+class _BeforeFused(_Hook):
+    def __call__(self, module: nn.Module, args: Arguments, kwargs: Keywords) -> None:
+        self._recorder.guarded("forward", self._recorder.before_fused, module, args, kwargs)
+
+
+class _AfterFused(_Hook):
+    def __call__(self, *_: Any) -> None:
+        self._recorder.guarded("forward", self._recorder.after_fused)
+
+
+class _AfterCall(_Hook):
+    def __call__(self, call: FunctionalCall, value: Any) -> Tensor | None:
+        after = self._recorder.after_call
+        replacement: Tensor | None = self._recorder.guarded("functional call", after, call, value)
+        return replacement
+
+
+class _Accumulated(_Hook):
+    def __init__(self, recorder: Recorder, *, gathered: bool = False) -> None:
+        super().__init__(recorder)
+        self._gathered = gathered
+
+    def __call__(self, parameter: Tensor) -> None:
+        held = None if self._gathered else parameter
+        self._recorder.guarded("backward", self._recorder.accumulated, held)
 
 
 class _Arrival:

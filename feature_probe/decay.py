@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from feature_probe.errors import ConfigurationError
-from feature_probe.targets import Target
+from feature_probe.targets import Discovery, Target
 
 #: Optimizers whose decay is decoupled whatever their groups say.
 _DECOUPLED = frozenset({"AdamW", "NAdamW", "SGDW", "Lion", "Muon"})
@@ -22,8 +22,8 @@ class WeightDecay:
     Groups are read anew at every report, so a schedule of λ is followed.
 
     Args:
-        targets: The measured layers.
-        optimizer: The optimizer that trains them, or None.
+        discovery: The measured layers.
+        optimizers: The optimizers that train them.
         given: One λ for all layers, or λ by layer name, or None.
 
     Raises:
@@ -33,14 +33,14 @@ class WeightDecay:
 
     def __init__(
         self,
-        targets: Sequence[Target],
-        optimizer: torch.optim.Optimizer | None,
+        discovery: Discovery,
+        optimizers: Sequence[Optimizer],
         given: float | Mapping[str, float] | None,
     ) -> None:
-        self._optimizer = optimizer
-        self._given = _parse(given, targets)
-        if optimizer is not None:
-            self._check(optimizer, targets)
+        self._optimizers = optimizers
+        self._given = _parse(given, discovery.names())
+        if optimizers:
+            self._check(discovery)
 
     def value(self, target: Target, computed: bool) -> float | None:
         """λ of a layer; None where it is not known.
@@ -70,8 +70,8 @@ class WeightDecay:
             return "frozen: training does not drive it to stationarity"
         group = self._group(target.parameter)
         if group is None:
-            return "not held by the optimizer" if self._optimizer is not None else ""
-        name = type(self._optimizer).__name__
+            return "not held by the optimizer" if self._optimizers else ""
+        name = type(self._holder(target.parameter)).__name__
         if group.get("weight_decay") and (
             name in _DECOUPLED or group.get("decoupled_weight_decay", False)
         ):
@@ -87,42 +87,41 @@ class WeightDecay:
         return -1.0 if group is not None and group.get("maximize", False) else 1.0
 
     def _group(self, parameter: nn.Parameter | None) -> Mapping[str, Any] | None:
-        if self._optimizer is None or parameter is None:
-            return None
-        for group in self._optimizer.param_groups:
+        holder = self._holder(parameter)
+        for group in () if holder is None else holder.param_groups:
             if any(parameter is held for held in group["params"]):
                 return group
         return None
 
-    def _check(self, optimizer: torch.optim.Optimizer, targets: Sequence[Target]) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
+    def _holder(self, parameter: nn.Parameter | None) -> Optimizer | None:
+        """The optimizer that trains a parameter."""
+        for optimizer in () if parameter is None else self._optimizers:
+            for group in optimizer.param_groups:
+                if any(parameter is held for held in group["params"]):
+                    return optimizer
+        return None
+
+    def _check(self, discovery: Discovery) -> None:
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        held = {id(p) for group in groups for p in group["params"]}
+        if not any(id(parameter) in held for parameter in discovery.parameters()):
+            kinds = ", ".join(type(optimizer).__name__ for optimizer in self._optimizers)
             raise ConfigurationError(
-                f"optimizer must be one torch.optim.Optimizer, got {type(optimizer).__name__}; of "
-                "several give the one that steps last, and λ of the others' layers as "
-                "weight_decay={layer: number}"
+                f"the optimizer ({kinds}) holds none of the measured layers' parameters "
+                f"({', '.join(discovery.names()[:8])}): was it made for another model, or before "
+                "the model was copied or moved?"
             )
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        trained = any(
-            id(p) in held for target in targets for m in target.modules for p in m.parameters()
-        )
-        if not trained:
-            raise ConfigurationError(
-                f"the optimizer ({type(optimizer).__name__}) holds none of the measured layers' "
-                f"parameters ({', '.join(t.name for t in targets[:8])}): was it made for another "
-                "model, or before the model was copied or moved?"
-            )
-        for group in optimizer.param_groups:
+        for group in groups:
             _number(group.get("weight_decay", 0.0), "the optimizer's weight_decay")
 
 
 def _parse(
-    given: float | Mapping[str, float] | None, targets: Sequence[Target]
+    given: float | Mapping[str, float] | None, names: Sequence[str]
 ) -> float | dict[str, float]:
     if given is None:
         return {}
     if not isinstance(given, Mapping):
         return _number(given, "weight_decay")
-    names = [target.name for target in targets]
     unknown = [name for name in given if name not in names]
     if unknown:
         raise ConfigurationError(

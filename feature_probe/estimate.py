@@ -24,6 +24,7 @@ from feature_probe.relations import (
     parse_relations,
 )
 from feature_probe.scoring import LayerFacts, score_layer
+from feature_probe.shadow import eagerly
 from feature_probe.targets import Selection, Target, find_targets
 
 
@@ -201,7 +202,7 @@ def _run(
     modes = [(module, module.training) for module in model.modules()]
     try:
         handles = [counter(i, m) for i, target in enumerate(targets) for m in target.modules]
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with eagerly(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             model.eval()
             inputs = sample if isinstance(sample, tuple) else (sample,)
             out = model(*inputs)

@@ -14,13 +14,20 @@ from tqdm.auto import tqdm
 
 from feature_probe.assembly import Assembler
 from feature_probe.decay import WeightDecay
+from feature_probe.distributed import GroupChoice
 from feature_probe.errors import ConfigurationError
 from feature_probe.jacobian import JacobianSettings
+from feature_probe.ledger import Positions, Reduction
 from feature_probe.models import unwrap
-from feature_probe.observer import Observer, ObserverSettings, Positions, Reduction, Window
+from feature_probe.observer import Observer, ObserverSettings
+from feature_probe.ranks import Ranks
 from feature_probe.relations import Sum, parse_powers, parse_relations
 from feature_probe.report import Report
-from feature_probe.targets import Selection, Target, find_targets
+from feature_probe.shadow import eagerly, nonreentrant_checkpoints
+from feature_probe.sharding import unreduced
+from feature_probe.stepping import parse_optimizers
+from feature_probe.targets import Discovery, Selection, Target
+from feature_probe.window import Window
 
 LossFunction = Callable[[Any, Any], Tensor]
 Forward = Callable[[nn.Module, Any], tuple[Any, Tensor | None]]
@@ -32,7 +39,7 @@ def measure(
     loss_fn: LossFunction | None = None,
     *,
     weight_decay: float | Mapping[str, float] | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     relations: Iterable[str] | str = ("fact", "bfact", "nfa", "enfa"),
     powers: Iterable[float] | float = (0.5, 1.0),
     include: Selection = None,
@@ -50,6 +57,7 @@ def measure(
     max_outputs: int = 1024,
     seed: int = 0,
     step: int = 0,
+    process_group: GroupChoice = "auto",
 ) -> Report:
     """Measure the relations at the model's weights as they stand, over a whole data set.
 
@@ -87,6 +95,10 @@ def measure(
         max_outputs: Most output coordinates that "exact" accepts.
         seed: Seed of the random signs.
         step: Step to write into the records.
+        process_group: The processes that measure one data set together, each with a part of it as
+            its ``loader``; as in :class:`feature_probe.FeatureProbe`. All get the same report. The
+            parts may be uneven; with ``fully_shard``, all must have the same number of batches.
+            All must call ``measure``: to measure on one rank alone give None.
 
     Returns:
         The report, with its matrices.
@@ -96,32 +108,41 @@ def measure(
             ``(input, target)`` without ``forward``, or a model output that is no tensor without
             ``output``.
     """
+    ranks = Ranks(model, process_group)
     model = unwrap(model)
     asked = parse_relations(relations)
     needs = frozenset(relation.needs for relation in asked)
     scale = _gradient_scale(loss_reduction, training_batch_size)
     run = _runner(loss_fn, forward, needs)
-    targets = find_targets(model, include, exclude)
+    discovery = Discovery(model, include, exclude)
+    targets = discovery.targets
     settings = ObserverSettings(
         needs, JacobianSettings(jacobian, num_probes, max_outputs), output, positions,
-        loss_reduction, max_dim, seed,
+        loss_reduction, max_dim, seed, (ranks.rank, ranks.count),
     )  # fmt: skip
-    decay = WeightDecay(targets, optimizer, weight_decay)
-    observer = Observer(model, targets, settings, _raise, needs_backward=False, inject_leaf=True)
-    assembler = Assembler(model, targets, observer, decay, asked, parse_powers(powers), scale)
-    window = Window.empty(targets)
+    decay = WeightDecay(discovery, parse_optimizers(optimizer), weight_decay)
+    observer = Observer(model, discovery, settings, _raise, in_training=False, inject_leaf=True)
+    assembler = Assembler(model, discovery, observer, decay, asked, parse_powers(powers), scale)
+    window = Window()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with _left_as_found(model, eval_mode), torch.inference_mode(False), torch.enable_grad():
+    with (
+        _left_as_found(model, eval_mode),
+        eagerly(),
+        nonreentrant_checkpoints(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         observer.recorder.arm()
         try:
-            for batch in _with_progress(loader, progress):
+            for batch in _with_progress(loader, progress and ranks.is_writer):
                 out, loss = run(model, _to_device(batch, device))
                 observer.finish(out)
                 gradients = _weight_gradients(observer, targets, loss, needs)
                 _add_batch(window, observer.take(), targets, gradients, loss_reduction)
         finally:
             observer.recorder.disarm()
-    if window.examples == 0:
+    reduced = ranks.reduce(window, targets, observer, step, in_training=False)
+    if reduced.window.examples == 0:
         raise ConfigurationError("nothing was measured: the loader gave no batch")
     described = {
         "source": "measure",
@@ -130,8 +151,10 @@ def measure(
         "positions": positions,
         "loss_reduction": loss_reduction,
         "eval_mode": eval_mode,
+        **ranks.settings,
     }
-    return assembler.report(window, step, described, keep=True)
+    weights = {i: weight for i, weight in enumerate(reduced.weights) if weight is not None}
+    return assembler.report(reduced.window, step, described, keep=True, weights=weights)
 
 
 def _gradient_scale(reduction: str, training_batch_size: int | None) -> float:
@@ -203,7 +226,7 @@ def _weight_gradients(
     if not loss.requires_grad:
         return {}
     own = {
-        index: target.parameter
+        index: observer.recorder.gathered.standing_for(target.parameter)
         for index, target in enumerate(targets)
         if target.parameter is not None and observer.recorder.uses_parameter(index)
     }
@@ -211,7 +234,8 @@ def _weight_gradients(
     wanted: list[Any] = [*own.values(), *observer.edges]
     if not wanted:
         return {}
-    gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+    with unreduced(observer.model):
+        gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
     return dict(zip(own, gradients, strict=False))
 
 
@@ -224,10 +248,11 @@ def _add_batch(
 ) -> None:
     """Add a batch, its gradient weighted by its examples, so that any split adds up to the same."""
     weight = float(batch.examples) if reduction == "mean" else 1.0
-    for index, (target, moments) in enumerate(zip(targets, batch.layers, strict=True)):
+    for index in range(len(targets)):
+        moments = batch.layer(index)
         gradient = gradients.get(index)
         if gradient is not None:
-            moments.add_gradient(target.rule.gradient_matrix(target.module, gradient))
+            moments.add_gradient(gradient)
         if moments.gradient is not None:
             moments.gradient.mul_(weight)
         moments.gradient_weight = float(batch.examples)

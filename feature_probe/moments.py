@@ -18,9 +18,10 @@ class Moments:
     """Sums (not means) of one layer over everything added since they were empty.
 
     Attributes:
-        gradient: Σ w·G over what was added, w its weight; ``[groups, d_out, d_in]``. G is the
-            gradient of the loss as it stands: "mean" or "sum" reduction, accumulation and loss
-            scale are the caller's, in the weight or in the reading of it.
+        gradient: Σ w·G over what was added, w its weight. G is the gradient of the loss as it
+            stands: "mean" or "sum" reduction, accumulation and loss scale are the caller's, in the
+            weight or in the reading of it. In the layout of the parameter where it is the
+            parameter's gradient, ``[groups, d_out, d_in]`` where it is formed as gᵀh.
         gradient_weight: Σ w.
         jacobian: Σ JᵀJ over examples and positions, ``[groups, d_out, d_out]``.
         loss: Σ g gᵀ over examples and positions, ``[groups, d_out, d_out]``.
@@ -82,6 +83,31 @@ class Moments:
         self.loss = _added(self.loss, other.loss)
         self.jacobian_rows += other.jacobian_rows
         self.loss_rows += other.loss_rows
+
+    def take_counts(self) -> Moments:
+        """The counts alone, which are zero here afterwards."""
+        counts = Moments(
+            gradient_weight=self.gradient_weight,
+            jacobian_rows=self.jacobian_rows,
+            loss_rows=self.loss_rows,
+        )
+        self.gradient_weight, self.jacobian_rows, self.loss_rows = 0.0, 0, 0
+        return counts
+
+    def masked(self, taken: Tensor) -> Moments:
+        """The sums where ``taken`` (0-dim, boolean), zeros elsewhere, whatever they held."""
+
+        def mask(total: Tensor | None) -> Tensor | None:
+            return None if total is None else torch.where(taken, total, torch.zeros_like(total))
+
+        return Moments(
+            gradient=mask(self.gradient),
+            gradient_weight=self.gradient_weight,
+            jacobian=mask(self.jacobian),
+            loss=mask(self.loss),
+            jacobian_rows=self.jacobian_rows,
+            loss_rows=self.loss_rows,
+        )
 
     def nbytes(self) -> int:
         """Bytes held by the sums."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from feature_probe.capture import Recorder
 from feature_probe.errors import ConfigurationError, positive_integer
 from feature_probe.jacobian import JacobianSettings, cotangents, vector_jacobian_products
+from feature_probe.ledger import Ledger, Positions, Reduction
 from feature_probe.moments import Moments
 from feature_probe.passes import Anchor, Call, ForwardPass
 from feature_probe.relations import Sum
-from feature_probe.targets import Target
-
-Positions = Literal["expand", "reduce"]
-Reduction = Literal["mean", "sum"]
+from feature_probe.sharding import unreduced
+from feature_probe.targets import Discovery
+from feature_probe.window import Window
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,11 @@ class ObserverSettings:
         positions: "expand": outer products per position, summed (the papers' patch form).
             "reduce": positions and calls of an example summed first. Acts on K and E; G is the
             same in both.
-        loss_reduction: How the user's loss is reduced over the batch: with "mean" per-example
-            gradients are n times what autograd delivers, with "sum" they are it.
+        loss_reduction: How the user's loss is reduced over the batch; see :mod:`ledger`.
         max_dim: Widest d_out whose d_out × d_out sums are held.
         seed: Seed of the random signs.
+        stream: This process's number among those that report together, and how many they are: each
+            draws other signs.
     """
 
     needs: frozenset[Sum]
@@ -46,6 +47,7 @@ class ObserverSettings:
     loss_reduction: Reduction
     max_dim: int
     seed: int
+    stream: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
@@ -65,108 +67,123 @@ class ObserverSettings:
             raise ConfigurationError(f"seed must be an integer, got {given!r}")
 
 
-@dataclass
-class Window:
-    """The sums of all layers over some forward passes.
-
-    Attributes:
-        layers: One :class:`Moments` per target.
-        examples: n of all passes that a backward pass reached (all passes, where none is due).
-        left_out: Steps that were left out after a fault.
-    """
-
-    layers: list[Moments]
-    examples: int = 0
-    left_out: int = 0
-
-    @classmethod
-    def empty(cls, targets: Sequence[Target]) -> Window:
-        """Nothing added yet."""
-        return cls([Moments() for _ in targets])
-
-    def merge(self, other: Window) -> None:
-        """Add another window, which must not be used afterwards."""
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            mine.merge(theirs)
-        self.examples += other.examples
-        self.left_out += other.left_out
-
-    def nbytes(self) -> int:
-        """Bytes held by all sums."""
-        return sum(moments.nbytes() for moments in self.layers)
-
-
 class Observer:
     """Consumes the recorder's events into a :class:`Window`.
 
     Args:
         model: The probed module.
-        targets: Its measured layers.
+        discovery: Its measured layers.
         settings: Sums and conventions.
         on_fault: Called with what a hook raised and where; may raise it into the user's code.
-        needs_backward: Whether a pass counts only once a backward pass has reached it. True in a
-            training loop, so that evaluation is not mistaken for training. False: passes wait for
-            :meth:`finish`, which counts them.
+        in_training: Whether a pass counts only once a backward pass of the training has reached it
+            (:class:`Ledger`), so that evaluation is not mistaken for training. False: passes wait
+            for :meth:`finish`, which counts them.
         inject_leaf: See :class:`Recorder`.
+        entrance: See :class:`Recorder`.
 
     Attributes:
+        model: The probed module.
+        ledger: What backward passes delivered for the optimizer's next step.
         reached: Targets that a gradient reached, of the loss or of the output.
-        problems: Why a sum of a target is not measured, by (target, sum).
-        edges: Where no backward pass is due, the gradient edges since the last :meth:`take`.
+        problems: Why a sum of a target cannot be measured, by (target, sum).
+        edges: Out of training, the gradient edges since the last :meth:`take`.
         output_layers: Targets whose own output is f, so that K is the identity.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        targets: Sequence[Target],
+        discovery: Discovery,
         settings: ObserverSettings,
         on_fault: Callable[[Exception, str], None],
         *,
-        needs_backward: bool = True,
+        in_training: bool = True,
         inject_leaf: bool = False,
+        entrance: nn.Module | None = None,
     ) -> None:
         self.recorder = Recorder(
             model,
-            targets,
+            discovery,
             self,
             keep_inputs="gradient" in settings.needs,
             inject_leaf=inject_leaf,
+            entrance=entrance,
+            products=bool(settings.needs - {"gradient"}),
+            in_training=in_training,
         )
         self.reached: set[int] = set()
         self.problems: dict[tuple[int, Sum], str] = {}
         self.edges: list[GradientEdge] = []
-        self._targets = targets
+        self.output_layers: set[int] = set()
+        self.ledger = Ledger(settings.loss_reduction, settings.positions)
+        self.model = model
+        self._targets = discovery.targets
         self._settings = settings
         self._fault = on_fault
-        self._needs_backward = needs_backward
-        self._window = Window.empty(targets)
+        self._in_training = in_training
+        self._window = Window.empty(len(self._targets))
         self._passes = 0
         self._waiting: list[tuple[ForwardPass, list[Call], list[GradientEdge]]] = []
-        self.output_layers: set[int] = set()
-        self._unfinished: list[tuple[ForwardPass, dict[int, Tensor]]] = []
-        for index, target in enumerate(targets):
-            if target.d_out > settings.max_dim:
-                reason = f"d_out {target.d_out} exceeds max_dim {settings.max_dim}"
-                self.problems[index, "jacobian"] = self.problems[index, "loss"] = reason
+        self._reduced: dict[tuple[ForwardPass, int], Tensor] = {}
 
     def take(self) -> Window:
-        """What was summed since the last call; the sums start again from nothing."""
-        for forward, sums in self._unfinished:
-            for index, rows in sums.items():
-                self._add_loss_outer(self._window.layers[index], rows, forward.examples)
-        self._unfinished.clear()
+        """Out of training: what was summed since the last call; the sums start again."""
+        for (forward, index), rows in self._reduced.items():
+            self._window.layer(index).add_outer("loss", rows, self._loss_scale(forward))
+        self._reduced.clear()
         self.edges, self._waiting = [], []
-        window, self._window = self._window, Window.empty(self._targets)
+        window, self._window = self._window, Window.empty(len(self._targets))
         return window
+
+    def commit(self, loss_scale: float | Tensor = 1.0) -> Window:
+        """In training: the sums of the step that the optimizer takes now.
+
+        Args:
+            loss_scale: What the loss was multiplied by, divided out of every sum.
+        """
+        return self.ledger.commit(loss_scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        """In training: what was seen of the layers, by name, and how many passes counted."""
+        names = [target.name for target in self._targets]
+        recorder = self.recorder
+        return {
+            "passes": self.ledger.passes,
+            "holding": self.ledger.holding,
+            "fired": [names[index] for index in sorted(recorder.fired)],
+            "reached": [names[index] for index in sorted(self.reached)],
+            "output_layers": [names[index] for index in sorted(self.output_layers)],
+            "problems": [[names[i], needs, why] for (i, needs), why in self.problems.items()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The way back from :meth:`state_dict`, for the layers known by now."""
+        index = {target.name: i for i, target in enumerate(self._targets)}
+        self.ledger.passes, self.ledger.holding = state["passes"], state["holding"]
+        self.recorder.fired |= {index[name] for name in state["fired"] if name in index}
+        self.reached |= {index[name] for name in state["reached"] if name in index}
+        self.output_layers |= {index[name] for name in state["output_layers"] if name in index}
+        for name, needs, why in state["problems"]:
+            if name in index:
+                self.problems[index[name], needs] = why
 
     def on_fault(self, error: Exception, where: str) -> None:
         """Hand a hook's failure on."""
         self._fault(error, where)
 
+    def on_begin(self) -> None:
+        """The model is about to run: backward passes before it are over."""
+        if self._in_training:
+            self.ledger.begin()
+
+    def on_accumulated(self, parameter: Tensor | None) -> None:
+        """A parameter's gradient has grown, or (None) that of what stands for a sharded one."""
+        if self._in_training:
+            self.ledger.accumulated(parameter)
+
     def on_forward(self, forward: ForwardPass, output: Any) -> None:
         """Read n from the output and stage K by vector-Jacobian products of it."""
-        if self._needs_backward:
+        if self._in_training:
             self._differentiate(forward, forward.calls, forward.edges, output)
         else:
             self._waiting.append((forward, forward.calls, forward.edges))
@@ -187,7 +204,52 @@ class Observer:
         forward, calls, edges = waiting[0]
         self._differentiate(forward, calls, edges, output)
         self.edges += edges
-        self._commit(forward)
+        self._passes += 1
+        self._window.examples += forward.examples
+        self._count(forward, self._window)
+
+    def on_backward(self, forward: ForwardPass) -> None:
+        """A backward pass has reached the output of a pass that is followed by its shadow."""
+        self.ledger.enter(forward)
+
+    def on_unfollowed(self, reason: str) -> None:
+        """Say so for every sum that needs the layers' inputs or output gradients."""
+        for index in range(len(self._targets)):
+            self.problems[index, "jacobian"] = self.problems[index, "loss"] = reason
+            if not self.recorder.uses_parameter(index):
+                self.problems[index, "gradient"] = reason
+
+    def on_gradient(
+        self, forward: ForwardPass, call: Call, gradient: Tensor, task: int | None = None
+    ) -> None:
+        """Add one call's g to E, and gᵀh to G where G is formed from it."""
+        if self._in_training and not forward.examples:
+            return  # before the model returned: the products of another probe
+        self.reached.add(call.index)
+        if call.overwritten:
+            self.problems[call.index, "gradient"] = (
+                "the layer's input was modified in place before the backward pass"
+            )
+        product = call.weight_gradient(gradient)
+        rows = call.rows(gradient)
+        loss = "loss" in self._settings.needs and self._measurable(call, "loss")
+        if loss and self._settings.positions == "reduce":
+            loss = self._has_example_axis(call, rows, forward.examples, "loss")
+        elif loss:
+            loss = self._tells_examples_apart(call, rows, forward.examples, "loss")
+        if self._in_training:
+            self.ledger.gradient(forward, call, rows, product, loss=loss, task=task)
+            return
+        moments = self._window.layer(call.index)
+        moments.loss_rows += rows.shape[0] * rows.shape[1]
+        if product is not None:
+            moments.add_gradient(product)
+        if loss and self._settings.positions == "expand":
+            moments.add_outer("loss", rows.flatten(0, 1), self._loss_scale(forward))
+        elif loss:
+            key = (forward, call.index)
+            summed = rows.sum(1)
+            self._reduced[key] = self._reduced[key] + summed if key in self._reduced else summed
 
     def _differentiate(
         self, forward: ForwardPass, calls: list[Call], edges: list[GradientEdge], output: Any
@@ -199,37 +261,10 @@ class Observer:
             if f.requires_grad and calls:
                 self._stage_jacobian(forward, calls, edges, f)
 
-    def on_gradient(self, forward: ForwardPass, call: Call, gradient: Tensor) -> None:
-        """Add one call's g to E, and gᵀh to G where G is formed from it."""
-        if not forward.reached and self._needs_backward:
-            self._commit(forward)
-        self.reached.add(call.index)
-        moments = self._window.layers[call.index]
-        if call in forward.delivered:
-            self.problems[call.index, "loss"] = (
-                "several backward passes reached one forward pass (or another probe's products "
-                "did); E would need their sum"
-            )
-        if call.overwritten:
-            self.problems[call.index, "gradient"] = (
-                "the layer's input was modified in place before the backward pass"
-            )
-        product = call.weight_gradient(gradient)
-        if product is not None:
-            moments.add_gradient(product, weight=1.0)
-        rows = self._rows(call, gradient)
-        if call not in forward.delivered:
-            moments.loss_rows += rows.shape[0] * rows.shape[1]
-            forward.delivered.add(call)
-        if "loss" in self._settings.needs and (call.index, "loss") not in self.problems:
-            self._add_loss(forward, call, rows)
-
-    def _commit(self, forward: ForwardPass) -> None:
-        forward.reached = True
-        self._passes += 1
-        self._window.examples += forward.examples
+    def _count(self, forward: ForwardPass, window: Window) -> None:
+        """A pass counts: add what was staged for it."""
         for index, moments in forward.staged.items():
-            self._window.layers[index].merge(moments)
+            window.layer(index).merge(moments)
         forward.staged = {}
 
     def _stage_jacobian(
@@ -238,7 +273,7 @@ class Observer:
         pairs = [
             (call, edge)
             for call, edge in zip(calls, edges, strict=True)
-            if (call.index, "jacobian") not in self.problems
+            if self._measurable(call, "jacobian")
         ]
         if not pairs:
             return
@@ -247,9 +282,10 @@ class Observer:
         asked, places = zip(*pairs, strict=True)
         self.recorder.listening = False
         try:
-            for v, scale in cotangents(f, self._settings.jacobian, self._generator(f.device)):
-                products = vector_jacobian_products(f, places, v)
-                self._stage_products(forward, asked, products, scale)
+            with unreduced(self.model):
+                for v, scale in cotangents(f, self._settings.jacobian, self._generator(f.device)):
+                    products = vector_jacobian_products(f, places, v)
+                    self._stage_products(forward, asked, products, scale)
         finally:
             self.recorder.listening = True
 
@@ -266,36 +302,50 @@ class Observer:
             if product is None:
                 continue
             self.reached.add(call.index)
-            rows = self._rows(call, call.anchor.restore(product))
+            rows = call.rows(product)
             counted[call.index] = counted.get(call.index, 0) + rows.shape[0] * rows.shape[1]
             moments = forward.staged.setdefault(call.index, Moments())
             if self._settings.positions == "expand":
+                if not self._tells_examples_apart(call, rows, forward.examples, "jacobian"):
+                    continue
                 moments.add_outer("jacobian", rows.flatten(0, 1), scale)
             elif self._has_example_axis(call, rows, forward.examples, "jacobian"):
-                _accumulate(reduced, call.index, rows.sum(1))
+                summed = rows.sum(1)
+                reduced[call.index] = (
+                    reduced[call.index] + summed if call.index in reduced else summed
+                )
         for index, rows in reduced.items():
             forward.staged[index].add_outer("jacobian", rows, scale)
         for index, count in counted.items():
             forward.staged[index].jacobian_rows = count
 
-    def _add_loss(self, forward: ForwardPass, call: Call, rows: Tensor) -> None:
-        if self._settings.positions == "expand":
-            moments = self._window.layers[call.index]
-            self._add_loss_outer(moments, rows.flatten(0, 1), forward.examples)
-        elif self._has_example_axis(call, rows, forward.examples, "loss"):
-            for known, sums in self._unfinished:
-                if known is forward:
-                    _accumulate(sums, call.index, rows.sum(1))
-                    return
-            self._unfinished.append((forward, {call.index: rows.sum(1)}))
+    def _loss_scale(self, forward: ForwardPass) -> float:
+        return float(forward.examples) if self._settings.loss_reduction == "mean" else 1.0
 
-    def _add_loss_outer(self, moments: Moments, rows: Tensor, examples: int) -> None:
-        scale = float(examples) if self._settings.loss_reduction == "mean" else 1.0
-        moments.add_outer("loss", rows, scale)
+    def _measurable(self, call: Call, kind: Sum) -> bool:
+        """Whether a d_out × d_out sum is to be formed for the call's layer."""
+        key = (call.index, kind)
+        width = self._targets[call.index].d_out
+        if width > self._settings.max_dim:
+            limit = self._settings.max_dim
+            self.problems.setdefault(key, f"d_out {width} exceeds max_dim {limit}")
+        return key not in self.problems
 
-    def _rows(self, call: Call, gradient: Tensor) -> Tensor:
-        """``[n, positions, groups, d_out]`` of an output-shaped tensor."""
-        return self._targets[call.index].rule.rows(call.module, gradient)
+    def _tells_examples_apart(
+        self, call: Call, rows: Tensor, examples: int, kind: Sum
+    ) -> bool:
+        """Whether a row is one example's: not for a layer that ran once for all of them.
+
+        Random products stay unbiased for K even there, by their sign per example.
+        """
+        once = rows.shape[0] == 1 < examples
+        if not once or (kind == "jacobian" and self._settings.jacobian.kind == "random"):
+            return True
+        self.problems[call.index, kind] = (
+            f"the layer ran once for all {examples} examples (on a table of positions?), so that "
+            "what arrives is the sum of their gradients"
+        )
+        return False
 
     def _has_example_axis(self, call: Call, rows: Tensor, examples: int, kind: Sum) -> bool:
         if rows.shape[0] == examples:
@@ -312,12 +362,10 @@ class Observer:
         Seeded by how many passes counted before, not by how many ran: evaluation in between, with
         gradients or without, changes no number.
         """
-        seed = (self._settings.seed * 1_000_003 + self._passes) % 2**63
+        counted = self.ledger.passes if self._in_training else self._passes
+        rank, ranks = self._settings.stream
+        seed = (self._settings.seed * 1_000_003 + counted * ranks + rank) % 2**63
         return torch.Generator(device=device).manual_seed(seed)
-
-
-def _accumulate(sums: dict[int, Tensor], index: int, rows: Tensor) -> None:
-    sums[index] = sums[index] + rows if index in sums else rows
 
 
 def select_output(output: Any, chooser: Callable[[Any], Any] | None) -> Tensor:

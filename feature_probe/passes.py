@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+
+
+def tensors_in(value: Any, depth: int = 6) -> list[Tensor]:
+    """The tensors in what a model takes or returns, in order: containers, dataclasses, objects."""
+    if isinstance(value, Tensor):
+        return [value]
+    if depth == 0 or isinstance(value, nn.Module):
+        return []
+    if isinstance(value, Mapping):
+        inside = list(value.values())
+    elif isinstance(value, (tuple, list)):
+        inside = list(value)
+    else:
+        inside = list(getattr(value, "__dict__", {}).values())
+    return [tensor for part in inside for tensor in tensors_in(part, depth - 1)]
 
 
 @dataclass(frozen=True)
@@ -53,32 +68,43 @@ class Call:
 
     Attributes:
         index: Which target.
-        module: The module that was called.
         anchor: Where its output gradient is read.
+        to_rows: An output-shaped tensor as rows ``[n, positions, groups, d_out]``.
         inputs: The layer's input, where gᵀh must be formed from it; else None.
         version: The input's version counter when it was read.
         input_gradient: ∂L/∂W ``[groups, d_out, d_in]`` of (inputs, output gradient), or None.
     """
 
     index: int
-    module: nn.Module
     anchor: Anchor
+    to_rows: Callable[[Tensor], Tensor]
     inputs: Tensor | None = None
     version: int = 0
     input_gradient: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def rows(self, gradient: Tensor) -> Tensor:
+        """Rows ``[n, positions, groups, d_out]`` of the gradient at the anchor."""
+        return self.to_rows(self.anchor.restore(gradient))
 
     @property
     def overwritten(self) -> bool:
         """Whether the input was modified in place since the layer read it."""
         return self.inputs is not None and self.inputs._version != self.version
 
-    def weight_gradient(self, output_gradient: Tensor) -> Tensor | None:
-        """Σ g hᵀ of this call in float32 or better; None where it is not formed from h."""
+    def weight_gradient(self, gradient: Tensor) -> Tensor | None:
+        """Σ g hᵀ of this call in float32 or better; None where it is not formed from h.
+
+        Args:
+            gradient: The gradient at the anchor.
+        """
         if self.inputs is None or self.input_gradient is None or self.overwritten:
             return None
-        dtype = torch.promote_types(self.inputs.dtype, torch.float32)
+        output_gradient = self.anchor.restore(gradient)
+        dtype = torch.promote_types(self.inputs.dtype, output_gradient.dtype)
+        dtype = torch.promote_types(dtype, torch.float32)
+        inputs = self.inputs.to(dtype) if self.inputs.is_floating_point() else self.inputs
         with torch.no_grad(), torch.autocast(output_gradient.device.type, enabled=False):
-            return self.input_gradient(self.inputs.to(dtype), output_gradient.to(dtype))
+            return self.input_gradient(inputs, output_gradient.to(dtype))
 
 
 @dataclass(eq=False)
@@ -90,17 +116,17 @@ class ForwardPass:
         edges: The gradient edge of each call's output. Held here and emptied with :meth:`release`,
             as the graph holds the hooks and an edge held by a hook would keep the graph for good.
         examples: n, set when the model has returned.
-        reached: Whether a backward pass arrived, so that it was training.
-        delivered: Calls whose gradient has arrived.
-        staged: What the consumer holds back until then.
+        staged: What the consumer holds back until a backward pass shows that it was training.
+        without_graph: Whether a layer ran with gradients disabled, as in a reentrant checkpoint.
+        void: Whether another pass stands in its place, so that what arrives at it is not for us.
     """
 
     calls: list[Call] = field(default_factory=list)
     edges: list[GradientEdge] = field(default_factory=list)
     examples: int = 0
-    reached: bool = False
-    delivered: set[Call] = field(default_factory=set)
     staged: dict[int, Any] = field(default_factory=dict)
+    without_graph: bool = False
+    void: bool = False
 
     def release(self) -> None:
         """Let go of the graph."""

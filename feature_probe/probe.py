@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
 from feature_probe.assembly import Assembler
+from feature_probe.collector import Collector
 from feature_probe.decay import WeightDecay
+from feature_probe.distributed import GroupChoice
 from feature_probe.errors import ConfigurationError, positive_integer
 from feature_probe.estimate import estimate_cost
 from feature_probe.jacobian import JacobianSettings
+from feature_probe.ledger import Positions, Reduction
 from feature_probe.models import unwrap
-from feature_probe.observer import Observer, ObserverSettings, Positions, Reduction, Window
-from feature_probe.relations import parse_powers, parse_relations
+from feature_probe.observer import Observer, ObserverSettings
+from feature_probe.outlets import Outlets
+from feature_probe.ranks import Ranks
+from feature_probe.relations import Relation, parse_powers, parse_relations
 from feature_probe.report import Report
 from feature_probe.schedules import Schedule, parse_schedule
-from feature_probe.sinks import JSONLSink, Sink, TensorBoardSink
-from feature_probe.targets import Selection, Target, find_targets
+from feature_probe.sinks import Sink
+from feature_probe.state import FORMAT, check_state, without_sums
+from feature_probe.stepping import LossScale, StepWatch, parse_loss_scale, parse_optimizers
+from feature_probe.targets import Discovery, Selection, Target, find_targets
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -32,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 #: Coverage from which on its gaps are told quietly.
 _NEARLY_ALL = 0.99
-#: Name of the record file beside the event files of ``log_dir``.
-JSONL_NAME = "feature_probe.jsonl"
 
 
 class FeatureProbe:
@@ -60,7 +65,8 @@ class FeatureProbe:
     Args:
         model: The module whose ``forward`` the loop calls.
         optimizer: Its optimizer. Steps are counted, and λ is read, from it. Without one call
-            :meth:`step` after ``loss.backward()``.
+            :meth:`step` after ``loss.backward()``. Of several the last one listed ends a step; each
+            layer's weight and gradient are read when its own optimizer steps.
         every: Report at steps 0, n, 2n, ... (step 0 is initialisation), or any ``step -> bool``
             that depends on the step alone (:mod:`feature_probe.schedules`).
         window: Steps whose sums go into a report, the reported one last; fewer where the previous
@@ -81,6 +87,9 @@ class FeatureProbe:
             an example's positions are summed first (K and E; G is the same).
         loss_reduction: "mean" or "sum": how the loss is reduced over the batch. Only the scale of E
             and the weighting of uneven batches in it depend on this; G is read as it stands.
+        loss_scale: What the loss is multiplied by before ``backward``, a number or a function that
+            returns it as it stands. None: that of the ``torch.amp.GradScaler`` which calls the
+            optimizer, if one does.
         log_dir: Folder for TensorBoard event files and ``feature_probe.jsonl``.
         writer: The user's own ``SummaryWriter`` instead; it is flushed but not closed.
         sinks: More places to write reports to (:class:`feature_probe.sinks.Sink`).
@@ -89,6 +98,11 @@ class FeatureProbe:
         max_dim: Layers with more output rows per group get no K and E (FACT and bFACT only).
         max_outputs: Most output coordinates that jacobian="exact" accepts.
         seed: Seed of the random signs.
+        process_group: The processes that make one report together, of all their batches, with
+            torch.distributed. "auto": those that the model is trained on, DistributedDataParallel's
+            or ``fully_shard``'s, else all. Each must be given the same schedule and be attached at
+            the same step, for they meet at every report; the first one writes. None: this process
+            by itself.
         strict: Raise what goes wrong inside the probe instead of logging and counting it.
 
     Attributes:
@@ -105,7 +119,7 @@ class FeatureProbe:
         self,
         model: nn.Module,
         *,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         every: int | Schedule = 100,
         window: int = 4,
         relations: Iterable[str] | str = ("fact", "bfact", "nfa", "enfa"),
@@ -118,6 +132,7 @@ class FeatureProbe:
         num_probes: int = 1,
         positions: Positions = "expand",
         loss_reduction: Reduction = "mean",
+        loss_scale: LossScale = None,
         log_dir: str | os.PathLike[str] | None = None,
         writer: SummaryWriter | None = None,
         sinks: Iterable[Sink] = (),
@@ -125,20 +140,22 @@ class FeatureProbe:
         max_dim: int = 8192,
         max_outputs: int = 1024,
         seed: int = 0,
+        process_group: GroupChoice = "auto",
         strict: bool = False,
     ) -> None:
         positive_integer("window", window)
         self.report: Report | None = None
         self.faults = 0
         self._model = unwrap(model)
-        self._optimizer = optimizer
+        self._ranks = Ranks(model, process_group)
+        self._optimizers = parse_optimizers(optimizer)
         self._due = parse_schedule(every)
         self._window_steps = window
         self._keep = keep_matrices
         self._strict = strict
-        self._targets = find_targets(self._model, include, exclude)
+        discovery = Discovery(self._model, include, exclude)
         asked, wanted = parse_relations(relations), parse_powers(powers)
-        settings = ObserverSettings(
+        self._settings = ObserverSettings(
             needs=frozenset(relation.needs for relation in asked),
             jacobian=JacobianSettings(jacobian, num_probes, max_outputs),
             output=output,
@@ -146,26 +163,39 @@ class FeatureProbe:
             loss_reduction=loss_reduction,
             max_dim=max_dim,
             seed=seed,
+            stream=(self._ranks.rank, self._ranks.count),
         )
-        self._settings = settings
-        self._decay = WeightDecay(self._targets, optimizer, weight_decay)
-        self._observer = Observer(self._model, self._targets, settings, self._on_hook_fault)
+        self._decay = WeightDecay(discovery, self._optimizers, weight_decay)
+        self._observer = Observer(
+            self._model, discovery, self._settings, self._on_hook_fault, entrance=model
+        )
+        self._collector = Collector(
+            discovery.targets,
+            self._observer,
+            self._optimizers,
+            parse_loss_scale(loss_scale),
+            gradients="gradient" in self._settings.needs,
+        )
+        self._watch = StepWatch(self._optimizers, self._before_step, self._advance)
         self._assembler = Assembler(
-            self._model, self._targets, self._observer, self._decay, asked, wanted
+            self._model,
+            discovery,
+            self._observer,
+            self._decay,
+            asked,
+            wanted,
+            on_fault=self._on_fault,
         )
-        self._sinks_given = _checked_sinks(sinks)
-        if log_dir is not None and writer is not None:
-            raise ConfigurationError("give log_dir or writer, not both")
-        self._log_dir, self._writer = log_dir, _checked_writer(writer)
-        self._sinks: list[Sink] = []
-        self._handles: list[RemovableHandle] = []
+        self._outlets = Outlets(
+            log_dir, writer, sinks, self._on_fault, writes=self._ranks.is_writer
+        )
+        self._configuration = _configuration(discovery.targets, asked, wanted, self._settings)
+        self._resumed: Mapping[str, Any] | None = None
+        self._unanswered: set[int] = set()
         self._attached = False
         self._validated = False
-        self._spoiled = False
         self._logged: set[tuple[str, str]] = set()
         self._step = 0
-        self._steps_in_window = 0
-        self._window = Window.empty(self._targets)
 
     @staticmethod
     def targets(
@@ -187,25 +217,25 @@ class FeatureProbe:
         return self._attached
 
     def attach(self) -> FeatureProbe:
-        """Start watching, with an empty window.
+        """Start watching, with an empty window, or with that of :meth:`load_state_dict`.
 
         The model's next forward pass is step 0's. Attached again, the probe goes on counting where
         :meth:`detach` left off; steps in between are not counted.
 
         Raises:
-            ConfigurationError: if attached already, or if ``log_dir`` cannot be written.
+            ConfigurationError: if attached already, or if ``log_dir`` cannot be written. What else
+                keeps a sink from opening is a fault, and the probe does without that sink.
         """
         if self._attached:
             raise ConfigurationError("this probe is attached already; detach() it first")
-        self._sinks = [*self._open_sinks(), *self._sinks_given]
-        if self._optimizer is not None:
-            self._handles = [
-                self._optimizer.register_step_pre_hook(self._before_step),
-                self._optimizer.register_step_post_hook(self._after_step),
-            ]
+        self._outlets.open(self._step)
+        if self._optimizers:
+            self._watch.attach()
         self._attached = True
-        self._observer.take()
-        self._window, self._steps_in_window = Window.empty(self._targets), 0
+        self._observer.recorder.attach()
+        self._collector.forget_step()
+        self._collector.start()
+        self._take_up()
         self._arm()
         return self
 
@@ -218,18 +248,70 @@ class FeatureProbe:
             logger.warning(
                 "the probe made no report: of the steps it saw (%d) none was due%s",
                 self._step,
-                "" if self._optimizer is not None else " (without optimizer= call probe.step())",
+                "" if self._optimizers else " (without optimizer= call probe.step())",
             )
-        self._observer.recorder.disarm()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        for sink in self._sinks:
-            self._guard("closing a sink", sink.close)
-        self._sinks = []
+        self._observer.recorder.detach()
+        self._watch.detach()
+        self._outlets.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to report as if it had not been stopped.
+
+        Plain data and tensors: ``torch.load(..., weights_only=True)`` reads it. Take it between
+        two steps, together with the model's and the optimizer's; of a step that has begun, nothing
+        is kept. Size: the sums of the window that is open, if one is. With several processes each
+        has its own, and where only one process's is loaded everywhere, the sums of the others in
+        that window are left out.
+        """
+        return {
+            "format": FORMAT,
+            "configuration": self._configuration,
+            "step": self._step,
+            "faults": self.faults,
+            "report": None if self.report is None else self.report.to_dict(),
+            "rank": [self._ranks.rank, self._ranks.count],
+            "collector": self._resumed or self._collector.state_dict(),
+            "sinks": self._outlets.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken: before :meth:`attach`, or between two steps.
+
+        What ``log_dir`` and ``sinks`` hold of later steps, from a run that went on after the
+        checkpoint, is superseded. A ``writer`` must be opened with ``purge_step``, the step of the
+        state. The schedule, ``window`` and the sinks may be others than before.
+
+        Args:
+            state: What ``state_dict()`` returned, of a probe of the same layers and settings.
+
+        Raises:
+            ConfigurationError: naming what differs, if the state is of another model or of other
+                settings, or is none.
+        """
+        check_state(state, self._configuration)
+        self._step = state["step"]
+        self.faults = state["faults"]
+        self.report = None if state["report"] is None else Report.from_dict(state["report"])
+        self._resumed = state["collector"]
+        if list(state["rank"]) != [self._ranks.rank, self._ranks.count]:
+            # another process's sums would be counted twice
+            self._resumed = without_sums(state["collector"])
+        self._outlets.resume(self._step, state["sinks"])
+        if self._attached:
+            self._collector.forget_step()
+            self._collector.start()
+            self._take_up()
+            self._arm()
+
+    def _take_up(self) -> None:
+        """Go on with the window of the state that was loaded."""
+        if self._resumed is not None:
+            self._collector.resume(self._resumed)
+            self._resumed = None
 
     def __enter__(self) -> FeatureProbe:
-        return self.attach()
+        """Attach, unless it is attached already, as by an integration's ``attach``."""
+        return self if self._attached else self.attach()
 
     def __exit__(
         self,
@@ -250,36 +332,15 @@ class FeatureProbe:
         """
         if not self._attached:
             raise ConfigurationError("step() needs an attached probe: use `with` or attach()")
-        if self._optimizer is not None:
+        if self._optimizers:
             raise ConfigurationError(
                 "steps are counted from the optimizer; call step() only on a probe without one"
             )
-        self._guard("collecting a step", self._collect)
+        self._guard("collecting a step", self._collect, None)
         self._advance()
 
-    def _open_sinks(self) -> list[Sink]:
-        if self._writer is not None:
-            return [TensorBoardSink(writer=self._writer)]
-        if self._log_dir is None:
-            return []
-        folder = os.fspath(self._log_dir)
-        if os.path.exists(os.path.join(folder, JSONL_NAME)):
-            logger.warning("%s holds an earlier run: its records are appended to", folder)
-        return [TensorBoardSink(folder), JSONLSink(os.path.join(folder, JSONL_NAME))]
-
-    def _before_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        if self._observer.recorder.armed and not _has_closure(args, kwargs):
-            self._guard("collecting a step", self._collect)
-
-    def _after_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        # the backward passes ran inside the step
-        if self._observer.recorder.armed and _has_closure(args, kwargs):
-            self._guard("collecting a step", self._collect)
-        self._advance()
+    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._guard("collecting a step", self._collect, optimizer)
 
     def _advance(self) -> None:
         self._step += 1
@@ -288,65 +349,96 @@ class FeatureProbe:
     def _arm(self) -> None:
         """Follow the next step's passes if it is in a window; step 0's are always checked."""
         ahead = range(self._step, self._step + self._window_steps)
-        if self._step == 0 or any(self._due(step) for step in ahead):
+        if self._step == 0 or any(self._is_due(step) for step in ahead):
             self._observer.recorder.arm()
         elif self._observer.recorder.armed:
             self._observer.recorder.disarm()
 
-    def _collect(self) -> None:
+    def _collect(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Add the finished step to the window, and report if it is due."""
+        self._collector.count(optimizer)
         if not self._observer.recorder.armed:
             return
-        fresh = self._observer.take()
+        if not self._is_complete(optimizer):
+            return
         self._validated = True
-        if self._spoiled:
-            self._spoiled = False
-            self._window.left_out += 1
-        else:
-            self._add_gradients(fresh)
-            self._window.merge(fresh)
-            self._steps_in_window += 1
-        due = self._due(self._step)
+        # what a closure evaluates from here on belongs to no step
+        self._observer.recorder.disarm()
+        skipped = self._collector.steps_not_taken() if self._is_due(self._step) else 0
+        self._step -= skipped
+        due = self._is_due(self._step) and not (skipped and self._collector.skipped_now())
         if due:
             self._guard("making a report", self._report)
+            self._collector.reported()
         if due or not self._due_soon():
-            self._window = Window.empty(self._targets)
-            self._steps_in_window = 0
+            self._collector.start()
+
+    def _is_complete(self, optimizer: torch.optim.Optimizer | None) -> bool:
+        """Whether the step has ended. A step that could not be read has: other ranks report it."""
+        try:
+            return self._collector.ready(optimizer, keep_weights=self._is_due(self._step))
+        except Exception as error:
+            if self._ranks.count == 1:
+                raise
+            self._on_fault(error, "collecting a step")
+            self._collector.leave_out()
+            return not self._optimizers or optimizer is self._optimizers[-1]
 
     def _due_soon(self) -> bool:
         ahead = range(self._step + 1, self._step + self._window_steps)
-        return any(self._due(step) for step in ahead)
+        return any(self._is_due(step) for step in ahead)
 
-    def _add_gradients(self, step: Window) -> None:
-        """Complete one step's sums by its gradient, weight 1 a step."""
-        if "gradient" not in self._settings.needs:
-            return
-        for index, (target, moments) in enumerate(zip(self._targets, step.layers, strict=True)):
-            if not self._observer.recorder.uses_parameter(index):
-                # gᵀh of all calls of the step: together one gradient
-                moments.gradient_weight = 0.0 if moments.gradient is None else 1.0
-            elif target.parameter is not None and target.parameter.grad is not None:
-                gradient = _dense(target.parameter.grad.detach())
-                moments.add_gradient(target.rule.gradient_matrix(target.module, gradient))
+    def _is_due(self, step: int) -> bool:
+        """Ask the schedule; where it fails, which is one fault a step, nothing is due."""
+        try:
+            return bool(self._due(step))
+        except Exception as error:
+            if step not in self._unanswered:
+                self._unanswered = {other for other in self._unanswered if other >= self._step}
+                self._unanswered.add(step)
+                self._on_fault(error, "asking the schedule")
+            return False
 
     def _report(self) -> None:
+        own = self._collector.window
+        own.settle()
+        reduced = self._ranks.reduce(
+            own,
+            self._assembler.targets,
+            self._observer,
+            self._step,
+            kept=self._collector.weights,
+        )
+        window = reduced.window
         settings = {
             "source": "loop",
-            "window": self._steps_in_window,
+            "window": window.steps,
             "jacobian": self._settings.jacobian.kind,
             "num_probes": self._settings.jacobian.num_probes,
             "positions": self._settings.positions,
             "loss_reduction": self._settings.loss_reduction,
+            "left_out": window.left_out,
+            "discarded": window.discarded,
             "faults": self.faults,
+            **self._ranks.settings,
         }
-        report = self._assembler.report(self._window, self._step, settings, keep=self._keep)
-        for sink in self._sinks:
-            self._guard(f"writing to {type(sink).__name__}", sink.write, report)
-        if self.report is None:
-            self._tell_gaps(report)
+        weights = {i: weight for i, weight in enumerate(reduced.weights) if weight is not None}
+        report = self._assembler.report(
+            window, self._step, settings, keep=self._keep, weights=weights
+        )
+        # with those of making it
+        report = replace(report, settings={**settings, "faults": self.faults})
+        if self._ranks.is_writer:
+            self._outlets.write(report)
+            if self.report is None:
+                self._tell_gaps(report, reduced.elsewhere)
         self.report = report
 
-    def _tell_gaps(self, report: Report) -> None:
+    def _tell_gaps(self, report: Report, elsewhere: Sequence[str]) -> None:
+        if elsewhere:
+            logger.warning(
+                "used on other ranks only, so not in the report: %s", ", ".join(elsewhere)
+            )
         if report.coverage.gaps():
             small = report.coverage.share() >= _NEARLY_ALL
             logger.log(logging.INFO if small else logging.WARNING, "%s", report.coverage)
@@ -359,7 +451,7 @@ class FeatureProbe:
 
     def _on_hook_fault(self, error: Exception, where: str) -> None:
         """A hook failed, so that the step's sums are incomplete: leave the step out."""
-        self._spoiled = True
+        self._collector.spoiled = True
         self._on_fault(error, where)
 
     def _on_fault(self, error: Exception, where: str) -> None:
@@ -378,33 +470,21 @@ class FeatureProbe:
             )
 
 
-def _checked_sinks(sinks: Iterable[Sink]) -> tuple[Sink, ...]:
-    given: object = sinks
-    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
-        raise ConfigurationError(f"sinks must be a list of sinks, got {given!r}")
-    listed = tuple(given)
-    for sink in listed:
-        if not (callable(getattr(sink, "write", None)) and callable(getattr(sink, "close", None))):
-            raise ConfigurationError(f"a sink needs write(report) and close(), got {sink!r}")
-    return listed
-
-
-def _checked_writer(writer: SummaryWriter | None) -> SummaryWriter | None:
-    if writer is not None and not callable(getattr(writer, "add_custom_scalars", None)):
-        raise ConfigurationError(
-            f"writer must be a torch.utils.tensorboard.SummaryWriter, got {writer!r}; "
-            "for a folder use log_dir="
-        )
-    return writer
-
-
-def _has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether ``optimizer.step`` was given a closure; ``args`` may start with the optimizer."""
-    return any(
-        callable(value) and not isinstance(value, torch.optim.Optimizer)
-        for value in (*args, kwargs.get("closure"))
-    )
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.to_dense() if gradient.is_sparse else gradient
+def _configuration(
+    targets: Sequence[Target],
+    relations: Sequence[Relation],
+    powers: Sequence[float],
+    settings: ObserverSettings,
+) -> dict[str, Any]:
+    """What a window's sums, and the columns of its report, depend on."""
+    return {
+        "layers": {t.name: [t.groups, t.d_out, t.d_in] for t in targets},
+        "relations": [relation.name for relation in relations],
+        "powers": list(powers),
+        "jacobian": settings.jacobian.kind,
+        "num_probes": settings.jacobian.num_probes,
+        "positions": settings.positions,
+        "loss_reduction": settings.loss_reduction,
+        "max_dim": settings.max_dim,
+        "seed": settings.seed,
+    }

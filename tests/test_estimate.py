@@ -91,10 +91,10 @@ def held(model: nn.Module, x: Tensor, **options: Any) -> tuple[int, int]:
         for _ in range(STEPS):
             optimizer.zero_grad()
             model(x).square().mean().backward()
-            inside = probe._observer._window.nbytes() + probe._window.nbytes()
+            inside = probe._collector.nbytes()
             optimizer.step()
             peak = max(peak, inside)
-    return probe._window.nbytes(), peak
+    return probe._collector.window.nbytes(), peak
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

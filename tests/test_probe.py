@@ -265,7 +265,7 @@ def test_outside_its_windows_the_probe_does_nothing() -> None:
             F.mse_loss(model(x), y).backward()
             optimizer.step()
             if not armed[-1]:
-                assert probe._window.nbytes() == 0
+                assert probe._collector.nbytes() == 0
     assert armed == [True, False, False, True, True, False, False, True, True]
 
 
@@ -282,6 +282,8 @@ def test_settings_say_how_it_was_measured() -> None:
         "num_probes": 3,
         "positions": "reduce",
         "loss_reduction": "sum",
+        "left_out": 0,
+        "discarded": 0,
         "faults": 0,
     }
 
