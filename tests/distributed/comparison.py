@@ -1,0 +1,43 @@
+"""What it means that two reports say the same."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+#: Relative, on float64.
+EXACT = 1e-9
+
+
+def assert_same_reports(found: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
+    """All numbers and sums of all reports agree."""
+    assert [report["step"] for report in found] == [report["step"] for report in reference]
+    for one, other in zip(found, reference, strict=True):
+        assert_same_report(one, other)
+
+
+def assert_same_report(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Sums first, which say more than the scores do."""
+    assert one["sums"].keys() == other["sums"].keys()
+    for name, total in other["sums"].items():
+        mine = one["sums"][name]
+        assert (mine is None) == (total is None), name
+        if total is not None:
+            scale = float(total.abs().max())
+            torch.testing.assert_close(mine, total, rtol=EXACT, atol=EXACT * scale, msg=name)
+    assert one["share"] == other["share"]
+    for mine, theirs in zip(one["records"], other["records"], strict=True):
+        for name, value in theirs.items():
+            if isinstance(value, float):
+                same = math.isclose(mine[name], value, rel_tol=EXACT, abs_tol=EXACT)
+                assert same or (math.isnan(mine[name]) and math.isnan(value)), (name, mine, theirs)
+            else:
+                assert mine[name] == value, (name, mine, theirs)
+
+
+def assert_measured(report: dict[str, Any]) -> None:
+    """Every layer has all of its sums, and they are not all zero."""
+    assert report["share"] == 1.0
+    assert all(total is not None and total.any() for total in report["sums"].values())
