@@ -5,6 +5,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Processes that share the tests; 0 runs them in one.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -17,12 +19,12 @@ quickstart: $(RUN_READY)
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: $(DEV_READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: $(DEV_READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy --strict feature_probe
+	$(BIN)/mypy --strict feature_probe integrations
 
 format: $(DEV_READY)
 	$(BIN)/ruff format .

@@ -9,37 +9,72 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "feature_probe"
+INTEGRATIONS = sorted((PACKAGE.parent / "integrations").glob("*.py"))
 
 #: What each module may import of the package. A module or an import that is not here fails:
 #: adding one is a decision about the architecture. A name that ends in "." is a whole subpackage.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "phrases": set(),
     "coverage": set(),
     "schedules": {"errors"},
     # What a layer is, and what PyTorch hands over when it runs.
     "models": {"errors"},
-    "layers": {"errors"},
-    "targets": {"errors", "layers"},
+    "products": set(),
+    "transposed": {"products"},
+    "layers": {"errors", "products", "transposed"},
+    "embeddings": {"layers"},
+    "refusals": {"layers"},
+    "targets": {"errors", "layers", "models", "refusals"},
     "decay": {"errors", "targets"},
-    "interception": {"layers"},
+    "interception": {"layers", "products", "transposed"},
+    "resolution": {"interception", "layers", "products", "targets", "transposed"},
     "passes": set(),
-    "capture": {"interception", "passes", "targets"},
+    "outputs": {"passes"},
+    "sharding": {"errors"},
+    "compiled": {"models"},
+    "shadow": {"passes"},
+    "following": {"compiled", "outputs", "passes", "resolution", "shadow"},
+    "capture": {
+        *("following", "interception", "layers", "passes", "resolution", "sharding", "targets"),
+    },
     "jacobian": {"errors"},
     # Statistics and mathematics: tensors in, tensors out.
     "moments": {"errors"},
     "factored": set(),
     "relations": {"errors", "factored"},
     "agreement": {"factored"},
-    # What was captured becomes sums, the sums become records, the records a report.
-    "observer": {"capture", "errors", "jacobian", "moments", "passes", "relations", "targets"},
-    "report": {"coverage", "errors", "relations"},
+    "window": {"moments", "relations"},
+    "state": {"errors", "moments", "relations", "window"},
+    # Which passes count, and at which optimizer step.
+    "staging": {"passes", "relations", "window"},
+    "ledger": {"passes", "staging", "window"},
+    "stepping": {"errors", "targets"},
+    # What was captured becomes sums, the sums of all processes become one.
+    "observer": {
+        *("capture", "errors", "jacobian", "ledger", "moments", "passes"),
+        *("relations", "sharding", "targets", "window"),
+    },
+    "collector": {"observer", "state", "stepping", "targets", "window"},
+    "packing": set(),
+    "headers": {"errors", "moments", "packing", "relations", "sharding", "window"},
+    "distributed": {
+        *("errors", "headers", "moments", "packing", "relations", "sharding", "window"),
+    },
+    "ranks": {
+        *("distributed", "errors", "headers", "models", "observer", "relations", "sharding"),
+        *("targets", "window"),
+    },
+    # The sums become records, the records a report.
+    "report": {"coverage", "errors", "phrases", "relations"},
     "scoring": {"agreement", "relations", "report"},
     "assembly": {
-        *("coverage", "decay", "layers", "moments", "observer"),
-        *("relations", "report", "scoring", "targets"),
+        *("coverage", "decay", "models", "moments", "observer", "refusals"),
+        *("relations", "report", "scoring", "targets", "window"),
     },
     # Where a report goes.
-    "sinks.": {"coverage", "errors", "relations", "report", "sinks."},
+    "sinks.": {"errors", "relations", "report", "sinks."},
+    "outlets": {"errors", "report", "sinks."},
 }
 
 #: The entry points, which wire the rest together: free to import all of it, imported by none.
@@ -115,6 +150,15 @@ def test_no_optional_package_is_imported(module: str) -> None:
     """No module imports torchvision or timm."""
     names = _imports(MODULES[module].read_text(encoding="utf-8"))
     assert {name for name in names if name.split(".")[0] in NEVER} == set()
+
+
+@pytest.mark.parametrize("path", INTEGRATIONS, ids=lambda path: path.stem)
+def test_an_integration_imports_the_package_and_its_own_framework(path: Path) -> None:
+    """No integration imports another, or another's framework."""
+    frameworks = {other.stem for other in INTEGRATIONS} - {path.stem}
+    names = set(_imports(path.read_text(encoding="utf-8")))
+    assert {name for name in names if name.split(".")[0] in frameworks} == set()
+    assert {name for name in names if name.startswith("feature_probe.integrations")} == set()
 
 
 @pytest.mark.parametrize("module", PURE)
