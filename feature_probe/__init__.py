@@ -4,12 +4,14 @@
 """
 
 from feature_probe.coverage import Coverage, ParameterCoverage
+from feature_probe.embeddings import EmbeddingRule
 from feature_probe.errors import ConfigurationError, FeatureProbeError, NotMeasuredError
 from feature_probe.estimate import Estimate
 from feature_probe.layers import (
     ConvRule,
     LayerRule,
     LinearRule,
+    TransposedLinearRule,
     register_layer_rule,
     unregister_layer_rule,
 )
@@ -17,6 +19,7 @@ from feature_probe.measure import measure
 from feature_probe.probe import FeatureProbe
 from feature_probe.relations import RELATIONS, Relation
 from feature_probe.report import Record, Report
+from feature_probe.transposed import ConvTransposeRule
 
 __version__ = "0.1.0"
 
@@ -24,7 +27,9 @@ __all__ = [
     "RELATIONS",
     "ConfigurationError",
     "ConvRule",
+    "ConvTransposeRule",
     "Coverage",
+    "EmbeddingRule",
     "Estimate",
     "FeatureProbe",
     "FeatureProbeError",
@@ -35,6 +40,7 @@ __all__ = [
     "Record",
     "Relation",
     "Report",
+    "TransposedLinearRule",
     "measure",
     "register_layer_rule",
     "unregister_layer_rule",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from feature_probe.coverage import Coverage
 from feature_probe.errors import ConfigurationError, NotMeasuredError
+from feature_probe.phrases import align, layer_note, loss_notes
 from feature_probe.relations import (
     GRAM_MATRICES,
     RELATIONS,
@@ -222,17 +223,21 @@ class Report:
             [layer, *(_cell(cells.get((layer, label)), score) for label in self.labels)]
             for layer in self.layers
         ]
-        return _align([header, *rows])
+        return align([header, *rows])
 
     def notes(self) -> list[str]:
-        """What a reader of the table must know: statuses and premises, each with its layers."""
+        """What a reader of the table must know: statuses and premises, each with its layers.
+
+        Then what of the run is not in the numbers, where there is anything (``settings``).
+        """
         found: dict[str, dict[str, None]] = {}
         for record in self.records:
             texts = [record.status] if record.status != "ok" else []
             texts += [record.premise] if record.premise else []
             for text in texts:
                 found.setdefault(f"{record.relation}: {text}", {})[record.layer] = None
-        return [_note(text, list(layers), len(self.layers)) for text, layers in found.items()]
+        notes = [layer_note(text, list(layers), len(self.layers)) for text, layers in found.items()]
+        return notes + loss_notes(self.settings)
 
     def __str__(self) -> str:
         frozen = self.settings.get("source") == "measure"
@@ -283,28 +288,9 @@ def _cell(record: Record | None, score: str) -> str:
     return f"{value:.3f}" + (f" ({record.level_by_chance:.2f})" if score == "cosine" else "")
 
 
-def _align(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
 def _legend(records: Sequence[Record]) -> list[str]:
     """Which level stands in brackets for which relations."""
     shared = [r.relation for r in records if not math.isnan(r.shared_weight_cosine)]
     rotated = [r.relation for r in records if r.relation not in shared]
     said = {"a random rotation": rotated, "the same W with random gradient directions": shared}
     return [f"{', '.join(dict.fromkeys(names))}: {how}" for how, names in said.items() if names]
-
-
-def _note(text: str, layers: list[str], total: int) -> str:
-    if len(layers) == total and total > 1:
-        return f"{text} (all layers)"
-    shown = ", ".join(layers[:4]) + (f" and {len(layers) - 4} more" if len(layers) > 4 else "")
-    return f"{text} ({shown})"

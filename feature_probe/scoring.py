@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,12 @@ from feature_probe.agreement import Agreement, compare, shared_weight_cosine, un
 from feature_probe.relations import LayerMatrices, LayerStatistics, Relation, Sum
 from feature_probe.report import Record
 
+logger = logging.getLogger(__name__)
+
+#: Called with what failed and where, in words that follow "while"; may raise it.
+OnFault = Callable[[Exception, str], None]
 _NAN = float("nan")
+_LONGEST_MESSAGE = 200
 
 
 @dataclass(frozen=True)
@@ -34,23 +40,59 @@ class LayerFacts:
     premises: Mapping[str, str]
 
 
+def log_fault(error: Exception, where: str) -> None:
+    """Tell the log of a failure that the records name too."""
+    logger.warning("fault while %s", where, exc_info=error)
+
+
 def score_layer(
     facts: LayerFacts,
     statistics: LayerStatistics,
     relations: Sequence[Relation],
     powers: Sequence[float],
+    on_fault: OnFault = log_fault,
 ) -> list[Record]:
     """The records of one layer, relations in the order given, each with its powers.
 
     A number that cannot be computed is NaN and the status says why; nothing here raises for data.
+    Where the computation itself fails (linear algebra, memory), that record alone says "fault: ..."
+    and ``on_fault`` is told.
     """
     matrices = LayerMatrices(statistics)
     missing = {needs: _missing(statistics, needs) for needs in {r.needs for r in relations}}
+
+    def scores(relation: Relation, power: float | None) -> _Scores:
+        if missing[relation.needs]:
+            return _Scores(undefined(missing[relation.needs]))
+        try:
+            return _scores(statistics, matrices, relation, power)
+        except Exception as error:  # one number's failure must not cost the others
+            on_fault(error, f"scoring layer {facts.layer!r}")
+            return _Scores(undefined(fault_status(error)))
+
     return [
-        _record(facts, statistics, matrices, relation, power, missing[relation.needs])
-        for relation in relations
-        for power in (powers if relation.has_power else (None,))
+        _record(facts, relation, power, statistics.weight_decay, scores(relation, power))
+        for relation, power in _asked(relations, powers)
     ]
+
+
+def faulty_layer(
+    facts: LayerFacts, error: Exception, relations: Sequence[Relation], powers: Sequence[float]
+) -> list[Record]:
+    """The records of a layer whose sums or weight could not even be read: all NaN, with why."""
+    scores = _Scores(undefined(fault_status(error)))
+    return [
+        _record(facts, relation, power, _NAN, scores)
+        for relation, power in _asked(relations, powers)
+    ]
+
+
+def fault_status(error: Exception) -> str:
+    """The status of a number that a failure of the probe cost: one line, and not a long one."""
+    said = " ".join(str(error).split())
+    shown = f"{said[:_LONGEST_MESSAGE]}..." if len(said) > _LONGEST_MESSAGE else said
+    # torch's own LinAlgError is called _LinAlgError
+    return f"fault: {type(error).__name__.lstrip('_')}" + (f": {shown}" if shown else "")
 
 
 @dataclass(frozen=True)
@@ -63,22 +105,22 @@ class _Scores:
     kept: int | None = None
 
 
+def _asked(
+    relations: Sequence[Relation], powers: Sequence[float]
+) -> Iterator[tuple[Relation, float | None]]:
+    for relation in relations:
+        for power in powers if relation.has_power else (None,):
+            yield relation, power
+
+
 def _record(
     facts: LayerFacts,
-    statistics: LayerStatistics,
-    matrices: LayerMatrices,
     relation: Relation,
     power: float | None,
-    missing: str,
+    decay: float | None,
+    scores: _Scores,
 ) -> Record:
-    if missing:
-        scores = _Scores(undefined(missing))
-    else:
-        try:
-            scores = _scores(statistics, matrices, relation, power)
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            scores = _Scores(undefined(f"linear algebra failed: {error}"))
-    agreement, decay = scores.agreement, statistics.weight_decay
+    agreement = scores.agreement
     return Record(
         layer=facts.layer,
         relation=relation.name,

@@ -399,6 +399,42 @@ def test_notes_on_many_layers_are_short() -> None:
     assert Report(0, records, Coverage(())).notes() == ["nfa: zero (all layers)"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "lines"),
+    [
+        ({}, []),
+        ({"left_out": 0, "discarded": 0, "faults": 0}, []),
+        (
+            {"left_out": 1},
+            [
+                "1 training step left out of this report: something inside the probe failed there "
+                "(see the log)"
+            ],
+        ),
+        (
+            {"discarded": 2000},
+            [
+                "2,000 backward passes not counted in this report: no optimizer step used the "
+                "gradients (skipped after an overflow, or cleared)"
+            ],
+        ),
+        (
+            {"left_out": 3, "discarded": 1, "faults": 4},
+            ["3 training steps left", "1 backward pass not counted", "4 faults inside the probe"],
+        ),
+    ],
+)
+def test_what_was_not_counted_is_said_in_words(settings: dict[str, int], lines: list[str]) -> None:
+    """Nothing where all was well; else below the table, in full sentences."""
+    made = Report(5, [record()], Coverage(()), settings)
+    notes = made.notes()
+    assert len(notes) == len(lines)
+    for note, line in zip(notes, lines, strict=True):
+        assert note.startswith(line)
+        assert note in str(made)
+    assert made.to_dict()["settings"] == settings
+
+
 def test_text_of_a_report() -> None:
     """The step, the table, the notes and the coverage, in this order."""
     text = str(example())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 
@@ -60,3 +62,31 @@ class StepHistory:
         nan = float("nan")
         rows = [[scores.get(layer, nan) for _, scores in self._columns] for layer in self.layers]
         return np.array(rows, dtype=np.float64).reshape(len(rows), len(self._columns))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is held, as tensors, numbers and lists."""
+        layers = self.layers
+        present = [[layer in scores for layer in layers] for _, scores in self._columns]
+        return {
+            "capacity": self._capacity,
+            "stride": self._stride,
+            "seen": self._seen,
+            "last_is_provisional": self._last_is_provisional,
+            "steps": self.steps,
+            "layers": layers,
+            "scores": torch.from_numpy(self.array().T.copy()),
+            # An undefined score has a row, a layer that was not there has none.
+            "present": torch.tensor(present, dtype=torch.bool).reshape(len(present), len(layers)),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> StepHistory:
+        """The way back from :meth:`state_dict`."""
+        history = cls(state["capacity"])
+        history._stride, history._seen = state["stride"], state["seen"]
+        history._last_is_provisional = state["last_is_provisional"]
+        rows = zip(state["steps"], state["scores"].tolist(), state["present"].tolist(), strict=True)
+        for step, scores, present in rows:
+            columns = zip(state["layers"], scores, present, strict=True)
+            history._columns.append((step, {name: x for name, x, there in columns if there}))
+        return history

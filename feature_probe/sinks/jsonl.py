@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from feature_probe.errors import ConfigurationError
 from feature_probe.report import Report
+
+_BLOCK = 1 << 16
+_STEP = re.compile(rb'"step": (\d+)[,}]')
 
 
 class JSONLSink:
@@ -16,7 +24,7 @@ class JSONLSink:
     Read it with ``pandas.read_json(path, lines=True, dtype={"layer": str})``: without the
     ``dtype`` pandas makes numbers of names like "0". Undefined numbers are null. The file is opened
     for each report only, so every report is on disk when ``write`` returns, and there is nothing to
-    close.
+    close. It is the full record of the run and grows by about 500 bytes a record.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -40,7 +48,7 @@ class JSONLSink:
             ) from error
 
     def write(self, report: Report) -> None:
-        """Append the report's records.
+        """Append the report's records: all of them, or none if the disk does not take them.
 
         Raises:
             OSError: if the disk does not take them.
@@ -49,17 +57,81 @@ class JSONLSink:
             json.dumps(record.to_dict(), ensure_ascii=False, allow_nan=False)
             for record in report.records
         ]
-        text = "".join(f"{line}\n" for line in lines)
-        with self._path.open("ab+") as file:
-            file.write(self._missing_newline() + text.encode())
+        text = "".join(f"{line}\n" for line in lines).encode()
+        with self._path.open("ab+", buffering=0) as file:
+            start = file.seek(0, os.SEEK_END)
+            try:
+                _write_all(file, _missing_newline(file) + text)
+            except BaseException:
+                with suppress(OSError):  # half a report would look like one with fewer layers
+                    file.truncate(start)
+                raise
 
     def close(self) -> None:
         """Nothing to do: no file is held open."""
 
-    def _missing_newline(self) -> bytes:
-        """A line break if a killed run left half a line: it must spoil that line only."""
-        with self._path.open("rb") as file:
-            if file.seek(0, os.SEEK_END) == 0:
-                return b""
-            file.seek(-1, os.SEEK_END)
-            return b"" if file.read(1) == b"\n" else b"\n"
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the file itself says what it holds."""
+        return {}
+
+    def resume(self, step: int, state: Mapping[str, Any]) -> None:
+        """Drop the records of ``step`` and later, and half a line that a killed run left.
+
+        Of the last run in the file only: where steps begin anew, an earlier run ends, and its
+        records are kept. The file is cut at its end, not rewritten.
+
+        Raises:
+            OSError: if the file cannot be cut.
+        """
+        with self._path.open("rb+") as file:
+            file.truncate(_end_of_records_before(file, step))
+
+
+def _write_all(file: FileIO, data: bytes) -> None:
+    """Write without a buffer, which would keep what a full disk refused and try again later."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def _missing_newline(file: FileIO) -> bytes:
+    """A line break if a killed run left half a line: it must spoil that line only."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return b""
+    file.seek(-1, os.SEEK_END)
+    return b"" if file.read(1) == b"\n" else b"\n"
+
+
+def _end_of_records_before(file: BinaryIO, step: int) -> int:
+    """Where the file is to be cut to end with the last run's records of earlier steps."""
+    end = size = file.seek(0, os.SEEK_END)
+    later: int | None = None
+    for start, line in _lines_from_the_end(file, size):
+        found = _STEP.search(line)
+        if found is None or not line.endswith(b"\n"):
+            if start + len(line) == end:
+                end = start  # a torn line, with nothing of worth after it
+            continue
+        there = int(found[1])
+        if there < step or (later is not None and there > later):
+            break
+        later, end = there, start
+    return end
+
+
+def _lines_from_the_end(file: BinaryIO, size: int) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, the last one first, each with its place and its line break."""
+    start, tail = size, b""
+    while start > 0:
+        length = min(_BLOCK, start)
+        start -= length
+        file.seek(start)
+        lines = (file.read(length) + tail).splitlines(keepends=True)
+        # The first may begin further up; its rest is in the block before.
+        tail = lines[0]
+        place = start + sum(len(line) for line in lines)
+        for line in reversed(lines[1:]):
+            place -= len(line)
+            yield place, line
+    if tail:
+        yield 0, tail

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import os
 import shlex
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from feature_probe.errors import ConfigurationError, FeatureProbeError, NotMeasuredError
-from feature_probe.report import SCORES, Record, Report
-from feature_probe.sinks.heatmap import render_heatmap, render_matrices
+from feature_probe.errors import ConfigurationError, FeatureProbeError
+from feature_probe.report import SCORES, Report
 from feature_probe.sinks.history import StepHistory
+from feature_probe.sinks.pictures import heatmap_picture, matrix_picture
+from feature_probe.sinks.restart import follow_mark, mark_restart
 from feature_probe.sinks.series import (
     ROOT,
     band_scalars,
@@ -28,20 +27,13 @@ from feature_probe.sinks.series import (
     layer_scalars,
 )
 from feature_probe.sinks.summary import summary_markdown
-from feature_probe.sinks.wording import SCORE_NAMES, layer_name, question
+from feature_probe.sinks.thinning import PARTS, Part, Thinning
+from feature_probe.sinks.wording import layer_name
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-#: The matrices of a matrix picture: caption, relation or Gram matrix, power.
-_MATRICES = (
-    ("W^T W", "nfm", None),
-    ("FACT", "fact", None),
-    ("AGOP^0.5", "nfa", 0.5),
-    ("eNFA^0.5", "enfa", 0.5),
-)
-#: Pictures and the table are written again when the run has this many times as many reports.
-_GROWTH = 1.2
+logger = logging.getLogger(__name__)
 
 
 class TensorBoardSink:
@@ -57,8 +49,10 @@ class TensorBoardSink:
 
     An undefined score is left out of percentiles and histograms, grey in pictures, a dash in the
     table, and never 0. Pictures and table are written at the first five reports, then whenever the
-    run has 20 % more of them, and on ``close``: TensorBoard keeps few of them anyway, and so
-    the event file does not grow with the square of the run.
+    run has 20 % more of them; distributions and curves in full for the first 50 and 1000 reports,
+    then thinned (:mod:`feature_probe.sinks.thinning`): TensorBoard shows no more of them anyway,
+    and so the event file grows with the logarithm of the run. On ``close`` all parts of the last
+    report are there.
 
     Attributes:
         log_dir: Folder of the event file.
@@ -109,8 +103,10 @@ class TensorBoardSink:
         self._writes_layout = layout
         self._laid_out: tuple[str, ...] = ()
         self._histories: dict[str, StepHistory] = {}
-        self._seen, self._next_snapshot = 0, 1
-        self._pending: Report | None = None
+        self._thinning = Thinning()
+        self._latest: Report | None = None
+        self._owed: list[Part] = []
+        self._has_failed = False
         self._has_checked_matrices = False
 
     def dashboard_hint(self) -> str:
@@ -124,6 +120,7 @@ class TensorBoardSink:
             ConfigurationError: once, if ``matrices`` matches no layer.
             NotMeasuredError: once, if ``matrices`` are asked for and the report holds none.
             FeatureProbeError: if the user's writer has been closed.
+            OSError: if the disk does not take it; the next report goes to a new event file.
         """
         if not self._owns_writer and self._is_closed():
             # Writing would silently open a second event file beside the user's finished one.
@@ -131,40 +128,97 @@ class TensorBoardSink:
                 f"the SummaryWriter given for {self.log_dir!r} has been closed: close it after "
                 "the probe is detached"
             )
-        self._write_numbers(report)
-        self._seen += 1
-        has_matrices = bool(self._patterns)
-        # Without matrices to draw, none are kept alive until the next picture.
-        self._pending = report if has_matrices else replace(report, statistics={})
-        if self._seen >= self._next_snapshot:
-            self._next_snapshot = max(self._seen + 1, math.ceil(self._seen * _GROWTH))
-            self._write_snapshot()
-        self._writer.flush()
-        if has_matrices:
+        due = self._remember(report)
+        if self._has_failed:
+            self._replace_writer()
+        try:
+            self._write_parts(report, due)
+        except Exception:
+            self._has_failed = self._owns_writer
+            raise
+        if self._patterns:
             self._check_matrices(report)
 
     def close(self) -> None:
-        """Write the last pictures; close our own event file, flush the user's."""
-        if not self._is_closed():
-            if self._pending is not None:
-                self._write_snapshot()
-            self._writer.flush()
-        if self._owns_writer:
-            self._writer.close()
+        """Write what thinning held back of the last report; close our event file, flush theirs."""
+        try:
+            if self._latest is not None and not self._is_closed() and not self._has_failed:
+                owed, self._owed = self._owed, []
+                self._write_parts(self._latest, owed)
+        finally:
+            if self._owns_writer:
+                self._writer.close()
 
-    def _write_numbers(self, report: Report) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """The pictures' columns and how far thinning has come."""
+        return {
+            "thinning": self._thinning.state_dict(),
+            "histories": {label: kept.state_dict() for label, kept in self._histories.items()},
+        }
+
+    def resume(self, step: int, state: Mapping[str, Any]) -> None:
+        """Make TensorBoard drop what it has of ``step`` and later, and draw on in the pictures.
+
+        In our own event file only. A user's writer must be opened with ``purge_step=step``, as
+        their own curves may count in something else than steps; if it was not, and the folder
+        holds an earlier run, a warning says so.
+        """
+        if self._owns_writer:
+            mark_restart(self._writer, step)
+        elif not self._is_closed() and not follow_mark(self._writer):
+            logger.warning(
+                "the run in %s is resumed at step %d by a SummaryWriter without purge_step: "
+                "TensorBoard will show later steps twice; open it with SummaryWriter(..., "
+                "purge_step=%d)",
+                self.log_dir, step, step,
+            )  # fmt: skip
+        self._laid_out, self._latest = (), None
+        self._thinning = Thinning.from_state(state.get("thinning", {}))
+        histories = state.get("histories", {})
+        self._histories = {label: StepHistory.from_state(kept) for label, kept in histories.items()}
+
+    def _remember(self, report: Report) -> list[Part]:
+        """Take the report into the pictures; the parts of it that are due."""
+        for label, records in by_label(report).items():
+            scores = {layer_name(r.layer): float(getattr(r, self._score)) for r in records}
+            self._histories.setdefault(label, StepHistory()).add(report.step, scores)
+        # Without matrices to draw, none are kept alive until the next picture.
+        self._latest = report if self._patterns else replace(report, statistics={})
+        due = self._thinning.next()
+        self._owed = [part for part in PARTS if part not in due]
+        return due
+
+    def _write_parts(self, report: Report, parts: Iterable[Part]) -> None:
         if self._writes_layout and self._laid_out != report.labels:
             self._writer.add_custom_scalars(custom_scalars_layout(report.labels, self._score))
             self._laid_out = report.labels
+        write = {
+            "scalars": self._write_scalars,
+            "histograms": self._write_histograms,
+            "pictures": self._write_pictures,
+        }
+        for part in parts:
+            write[part](report)
+        self._writer.flush()
+
+    def _replace_writer(self) -> None:
+        """Go on in a new event file: a writer whose thread has died refuses everything after."""
+        with suppress(Exception):
+            self._writer.close()
+        self._writer = _open(self.log_dir)
+        self._laid_out, self._has_failed = (), False
+
+    def _write_scalars(self, report: Report) -> None:
         scalars = band_scalars(report, self._score)
         if self._layer_scalars:
             scalars |= layer_scalars(report, self._score)
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, report.step)
+
+    def _write_histograms(self, report: Report) -> None:
         for label, records in by_label(report).items():
-            scores = {layer_name(r.layer): float(getattr(r, self._score)) for r in records}
-            self._histories.setdefault(label, StepHistory()).add(report.step, scores)
-            self._write_histogram(label, list(scores.values()), report.step)
+            scores = [float(getattr(record, self._score)) for record in records]
+            self._write_histogram(label, scores, report.step)
 
     def _write_histogram(self, label: str, scores: list[float], step: int) -> None:
         bins = histogram(scores)
@@ -181,24 +235,19 @@ class TensorBoardSink:
                 global_step=step,
             )
 
-    def _write_snapshot(self) -> None:
+    def _write_pictures(self, report: Report) -> None:
         """What is large and cumulative: the table, the heatmaps, the matrices."""
-        report, self._pending = self._pending, None
-        assert report is not None
         text = summary_markdown(report, self._score)
         self._writer.add_text(f"{ROOT}/summary", text, report.step)
         for label, records in by_label(report).items():
-            picture = _heatmap(records, self._histories[label], self._score)
+            picture = heatmap_picture(records, self._histories[label], self._score)
             tag = f"{ROOT}.heatmaps/{self._score}/{label}"
             self._writer.add_image(tag, picture, report.step, dataformats="HWC")
         for layer in self._matrix_layers(report):
-            found, groups = _layer_matrices(report, layer)
-            if found:
-                title = f"layer {layer_name(layer)}: do these agree? (step {report.step:,})"
-                subtitle = f"group 1 of {groups}" if groups > 1 else ""
-                picture = render_matrices(found, title=title, subtitle=subtitle)
+            matrices = matrix_picture(report, layer)
+            if matrices is not None:
                 tag = f"{ROOT}.matrices/{layer_name(layer).replace('/', '.')}"
-                self._writer.add_image(tag, picture, report.step, dataformats="HWC")
+                self._writer.add_image(tag, matrices, report.step, dataformats="HWC")
 
     def _matrix_layers(self, report: Report) -> list[str]:
         return [
@@ -246,32 +295,3 @@ def _open(folder: str) -> SummaryWriter:
 def _matches(layer: str, pattern: str) -> bool:
     # A name may hold brackets, which a glob pattern would read as a choice of letters.
     return layer == pattern or fnmatchcase(layer_name(layer), pattern)
-
-
-def _heatmap(records: list[Record], history: StepHistory, score: str) -> NDArray[np.uint8]:
-    chance = None
-    if score == "cosine":
-        levels = {layer_name(record.layer): record.level_by_chance for record in records}
-        chance = np.array([levels.get(layer, math.nan) for layer in history.layers])
-    return render_heatmap(
-        history.array(),
-        layers=history.layers,
-        steps=history.steps,
-        title=question(records[0]),
-        subtitle=f"{SCORE_NAMES[score]}: 1 = same up to a factor, 0 = unrelated",
-        chance=chance,
-    )
-
-
-def _layer_matrices(report: Report, layer: str) -> tuple[dict[str, NDArray[np.float64]], int]:
-    """The matrices that were kept and measured, of the first group, and the number of groups."""
-    found: dict[str, NDArray[np.float64]] = {}
-    groups = 1
-    for caption, kind, power in _MATRICES:
-        try:
-            matrix = report.matrix(layer, kind, power).numpy(force=True)
-        except NotMeasuredError:
-            continue
-        groups = matrix.shape[0] if matrix.ndim == 3 else 1
-        found[caption] = matrix[0] if matrix.ndim == 3 else matrix
-    return found, groups
