@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from feature_probe import Report, measure
+
+
+def readable(value: object) -> str:
+    """A test's name for a value: without its address, which differs between processes."""
+    return re.sub(" at 0x[0-9a-f]+", "", str(value))
+
 
 POWERS = (0.5, 1.0, 1 / 3, 2.0)
 LAMBDA = 0.03

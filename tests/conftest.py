@@ -11,13 +11,6 @@ import torchvision_stub  # noqa: F401  (lets a CUDA torchvision import beside CP
 torch.set_num_threads(1)
 
 
-def pytest_make_parametrize_id(val: object) -> str | None:
-    """A name without an address, so that tests have the same names in every process."""
-    if " at 0x" not in repr(val):
-        return None
-    return str(getattr(val, "__qualname__", type(val).__qualname__))
-
-
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test starts from the same global random state."""

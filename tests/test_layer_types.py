@@ -27,6 +27,7 @@ from cases import (
     build,
     exactly,
     measured,
+    readable,
     sequential,
     solved,
 )
@@ -449,7 +450,7 @@ def test_a_path_that_is_none(given: Any) -> None:
         register_layer_rule(given, LinearRule())
 
 
-@pytest.mark.parametrize("given", [LinearRule, None, nn.Linear(2, 2), object()], ids=repr)
+@pytest.mark.parametrize("given", [LinearRule, None, nn.Linear(2, 2), object()], ids=readable)
 def test_a_rule_that_is_none(given: Any) -> None:
     """A class instead of an instance, or an object without the methods, is refused by name."""
     with pytest.raises(ConfigurationError, match=r"LayerRule instance with parameter, matrix"):

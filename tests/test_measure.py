@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import readable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -87,7 +88,7 @@ def test_the_last_layer_is_trivial_in_the_loop(jacobian: Any) -> None:
     assert probe.report.record("0", "nfa", 1.0).premise == ""
 
 
-@pytest.mark.parametrize("sinks", ["a", 3, [3], [object()]], ids=repr)
+@pytest.mark.parametrize("sinks", ["a", 3, [3], [object()]], ids=readable)
 def test_what_is_no_sink(sinks: Any) -> None:
     """Sinks are checked before training."""
     with pytest.raises(ConfigurationError, match="sink"):

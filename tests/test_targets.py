@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import readable
 from torch import Tensor, nn
 
 from feature_probe import ConfigurationError, FeatureProbe
@@ -75,7 +76,7 @@ def names(model: nn.Module, include: Any = None, exclude: Any = None) -> list[st
         ("blocks.*", "head", ALL[1:5]),
         (None, lambda name, module: name.startswith("b"), ["stem", "head"]),
     ],
-    ids=str,
+    ids=readable,
 )
 def test_selection(include: Any, exclude: Any, expected: list[str]) -> None:
     """Globs, patterns (searched), types, predicates and lists select; model order is kept."""
