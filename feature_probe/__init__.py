@@ -3,11 +3,10 @@
 :class:`FeatureProbe` watches a training loop; :func:`measure` measures frozen weights.
 """
 
-from feature_probe.coverage import Coverage, ParameterCoverage
-from feature_probe.embeddings import EmbeddingRule
 from feature_probe.errors import ConfigurationError, FeatureProbeError, NotMeasuredError
 from feature_probe.estimate import Estimate
-from feature_probe.layers import (
+from feature_probe.layers.embeddings import EmbeddingRule
+from feature_probe.layers.rules import (
     ConvRule,
     LayerRule,
     LinearRule,
@@ -15,11 +14,12 @@ from feature_probe.layers import (
     register_layer_rule,
     unregister_layer_rule,
 )
+from feature_probe.layers.transposed import ConvTransposeRule
 from feature_probe.measure import measure
 from feature_probe.probe import FeatureProbe
-from feature_probe.relations import RELATIONS, Relation
-from feature_probe.report import Record, Report
-from feature_probe.transposed import ConvTransposeRule
+from feature_probe.reports.coverage import Coverage, ParameterCoverage
+from feature_probe.reports.report import Record, Report
+from feature_probe.theory.relations import RELATIONS, Relation
 
 __version__ = "0.1.0"
 

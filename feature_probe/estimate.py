@@ -10,12 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from feature_probe.capture.shadow import eagerly
 from feature_probe.errors import positive_integer
-from feature_probe.jacobian import JacobianSettings
+from feature_probe.layers.targets import Selection, Target, find_targets
 from feature_probe.models import unwrap
-from feature_probe.moments import sum_dtype
-from feature_probe.observer import select_output
-from feature_probe.relations import (
+from feature_probe.reports.scoring import LayerFacts, score_layer
+from feature_probe.sums.jacobian import JacobianSettings
+from feature_probe.sums.moments import sum_dtype
+from feature_probe.sums.observer import select_output
+from feature_probe.theory.relations import (
     LayerStatistics,
     Relation,
     Sum,
@@ -23,9 +26,6 @@ from feature_probe.relations import (
     parse_powers,
     parse_relations,
 )
-from feature_probe.scoring import LayerFacts, score_layer
-from feature_probe.shadow import eagerly
-from feature_probe.targets import Selection, Target, find_targets
 
 
 @dataclass(frozen=True)

@@ -12,22 +12,22 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from feature_probe.assembly import Assembler
-from feature_probe.decay import WeightDecay
-from feature_probe.distributed import GroupChoice
+from feature_probe.capture.shadow import eagerly, nonreentrant_checkpoints
+from feature_probe.capture.sharding import unreduced
 from feature_probe.errors import ConfigurationError
-from feature_probe.jacobian import JacobianSettings
-from feature_probe.ledger import Positions, Reduction
+from feature_probe.layers.targets import Discovery, Selection, Target
 from feature_probe.models import unwrap
-from feature_probe.observer import Observer, ObserverSettings
-from feature_probe.ranks import Ranks
-from feature_probe.relations import Sum, parse_powers, parse_relations
-from feature_probe.report import Report
-from feature_probe.shadow import eagerly, nonreentrant_checkpoints
-from feature_probe.sharding import unreduced
-from feature_probe.stepping import parse_optimizers
-from feature_probe.targets import Discovery, Selection, Target
-from feature_probe.window import Window
+from feature_probe.processes.ranks import Ranks
+from feature_probe.processes.reduction import GroupChoice
+from feature_probe.reports.assembly import Assembler
+from feature_probe.reports.decay import WeightDecay
+from feature_probe.reports.report import Report
+from feature_probe.sums.jacobian import JacobianSettings
+from feature_probe.sums.ledger import Positions, Reduction
+from feature_probe.sums.observer import Observer, ObserverSettings
+from feature_probe.sums.stepping import parse_optimizers
+from feature_probe.sums.window import Window
+from feature_probe.theory.relations import Sum, parse_powers, parse_relations
 
 LossFunction = Callable[[Any, Any], Tensor]
 Forward = Callable[[nn.Module, Any], tuple[Any, Tensor | None]]
@@ -228,7 +228,7 @@ def _weight_gradients(
     own = {
         index: observer.recorder.gathered.standing_for(target.parameter)
         for index, target in enumerate(targets)
-        if target.parameter is not None and observer.recorder.uses_parameter(index)
+        if target.parameter is not None and observer.recorder.reader.uses_parameter(index)
     }
     # the edges make the layers' hooks fire where no parameter below them is asked for
     wanted: list[Any] = [*own.values(), *observer.edges]

@@ -12,25 +12,25 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from feature_probe.assembly import Assembler
-from feature_probe.collector import Collector
-from feature_probe.decay import WeightDecay
-from feature_probe.distributed import GroupChoice
 from feature_probe.errors import ConfigurationError, positive_integer
 from feature_probe.estimate import estimate_cost
-from feature_probe.jacobian import JacobianSettings
-from feature_probe.ledger import Positions, Reduction
+from feature_probe.layers.targets import Discovery, Selection, Target, find_targets
 from feature_probe.models import unwrap
-from feature_probe.observer import Observer, ObserverSettings
-from feature_probe.outlets import Outlets
-from feature_probe.ranks import Ranks
-from feature_probe.relations import Relation, parse_powers, parse_relations
-from feature_probe.report import Report
+from feature_probe.processes.ranks import Ranks
+from feature_probe.processes.reduction import GroupChoice
+from feature_probe.reports.assembly import Assembler
+from feature_probe.reports.decay import WeightDecay
+from feature_probe.reports.report import Report
 from feature_probe.schedules import Schedule, parse_schedule
 from feature_probe.sinks import Sink
-from feature_probe.state import FORMAT, check_state, without_sums
-from feature_probe.stepping import LossScale, StepWatch, parse_loss_scale, parse_optimizers
-from feature_probe.targets import Discovery, Selection, Target, find_targets
+from feature_probe.sinks.outlets import Outlets
+from feature_probe.sums.collector import Collector
+from feature_probe.sums.jacobian import JacobianSettings
+from feature_probe.sums.ledger import Positions, Reduction
+from feature_probe.sums.observer import Observer, ObserverSettings
+from feature_probe.sums.state import FORMAT, check_state, without_sums
+from feature_probe.sums.stepping import LossScale, StepWatch, parse_loss_scale, parse_optimizers
+from feature_probe.theory.relations import Relation, parse_powers, parse_relations
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -55,7 +55,7 @@ class FeatureProbe:
 
     Nothing of the user's is written to, no random state but the probe's own is used, and training
     is bit-identical with and without the probe. Relations and their equations:
-    :mod:`feature_probe.relations`.
+    :mod:`feature_probe.theory.relations`.
 
     In the loop a report is an estimate: over the minibatches of ``window`` steps, with the weights
     of the last of them. G is the mean of ``param.grad`` as the optimizer sees it (so clipping and

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from feature_probe.agreement import Agreement, compare, shared_weight_cosine, undefined
-from feature_probe.factored import Factored, Spectrum, symmetric_spectrum
+from feature_probe.theory.agreement import Agreement, compare, shared_weight_cosine, undefined
+from feature_probe.theory.factored import Factored, Spectrum, symmetric_spectrum
 
 CLAMP = 10 * torch.finfo(torch.float64).eps
 SCORES = ("pearson", "cosine", "trace_free_cosine", "chance_cosine")

@@ -14,7 +14,7 @@ from torch.utils import checkpoint as checkpointing
 from torch.utils.checkpoint import checkpoint
 
 from feature_probe import FeatureProbe, measure
-from feature_probe.report import Report
+from feature_probe.reports.report import Report
 
 RELATIONS = ("fact", "bfact", "nfa", "enfa", "bnfa", "benfa")
 KINDS = {"none": None, "non-reentrant": False, "reentrant": True}

@@ -21,9 +21,10 @@ from torch.nn import functional as F
 from torch.nn.modules import module as module_globals
 from torch.nn.parallel import DistributedDataParallel
 
-from feature_probe import FeatureProbe, following, measure
-from feature_probe.report import Report
-from feature_probe.shadow import ShadowPass
+from feature_probe import FeatureProbe, measure
+from feature_probe.capture import following
+from feature_probe.capture.shadow import ShadowPass
+from feature_probe.reports.report import Report
 
 RELATIONS = ("fact", "bfact", "nfa", "enfa", "bnfa", "benfa")
 EXACT = ("fact", "bfact")

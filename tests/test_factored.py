@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from feature_probe.factored import (
+from feature_probe.theory.factored import (
     Factored,
     framed_rows,
     gram_spectrum,

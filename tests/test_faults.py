@@ -23,9 +23,9 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from feature_probe import ConfigurationError, FeatureProbe, Report, measure, outlets
-from feature_probe.assembly import Assembler
-from feature_probe.sinks import ConsoleSink, JSONLSink, Sink, TensorBoardSink
+from feature_probe import ConfigurationError, FeatureProbe, Report, measure
+from feature_probe.reports.assembly import Assembler
+from feature_probe.sinks import ConsoleSink, JSONLSink, Sink, TensorBoardSink, outlets
 from feature_probe.sinks.scalars import ScalarSink
 from feature_probe.sinks.summary import summary_markdown
 

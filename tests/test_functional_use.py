@@ -18,9 +18,9 @@ from torch.nn.utils import parametrizations, prune
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from feature_probe import ConfigurationError, FeatureProbe, Report, measure, register_layer_rule
-from feature_probe.embeddings import EmbeddingRule
-from feature_probe.layers import LinearRule, unregister_layer_rule
-from feature_probe.resolution import WeightResolver
+from feature_probe.capture.resolution import WeightResolver
+from feature_probe.layers.embeddings import EmbeddingRule
+from feature_probe.layers.rules import LinearRule, unregister_layer_rule
 
 
 def loop(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> FeatureProbe:

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from feature_probe import ConfigurationError, FeatureProbe, register_layer_rule
-from feature_probe.embeddings import EmbeddingRule
-from feature_probe.layers import (
+from feature_probe.layers.embeddings import EmbeddingRule
+from feature_probe.layers.rules import (
     LinearRule,
     TransposedLinearRule,
     find_rule,
@@ -45,7 +45,7 @@ from feature_probe.layers import (
     layer_shape,
     unregister_layer_rule,
 )
-from feature_probe.targets import find_targets
+from feature_probe.layers.targets import find_targets
 
 NAMES = [*TYPE_CASES, *EMBEDDING_CASES]
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -27,7 +27,7 @@ from feature_probe import (
     register_layer_rule,
     unregister_layer_rule,
 )
-from feature_probe.layers import find_rule, known_layer_types
+from feature_probe.layers.rules import find_rule, known_layer_types
 
 LAMBDA = 0.05
 RELATIONS = ("fact", "bfact", "nfa", "enfa", "bnfa", "benfa")

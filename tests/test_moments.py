@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from feature_probe.moments import Moments, add_gram_, reduced_precision, sum_dtype
+from feature_probe.sums.moments import Moments, add_gram_, reduced_precision, sum_dtype
 
 KINDS = ("jacobian", "loss")
 

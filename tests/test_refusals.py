@@ -15,8 +15,8 @@ from torch.ao.quantization import get_default_qat_qconfig
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from feature_probe import register_layer_rule, unregister_layer_rule
-from feature_probe.embeddings import EmbeddingRule
-from feature_probe.refusals import refusal, unmeasured_reason
+from feature_probe.layers.embeddings import EmbeddingRule
+from feature_probe.layers.refusals import refusal, unmeasured_reason
 
 
 def of_package(path: str, base: type[nn.Module] = nn.Linear) -> type[nn.Module]:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from feature_probe import RELATIONS, ConfigurationError, FeatureProbeError, measure
-from feature_probe.agreement import compare
-from feature_probe.factored import Factored
-from feature_probe.relations import (
+from feature_probe.theory.agreement import compare
+from feature_probe.theory.factored import Factored
+from feature_probe.theory.relations import (
     GRAM_MATRICES,
     LayerMatrices,
     LayerStatistics,

@@ -14,11 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from feature_probe import ConfigurationError, FeatureProbe, Report
-from feature_probe.moments import Moments
-from feature_probe.outlets import JSONL_NAME
 from feature_probe.schedules import at
-from feature_probe.state import FORMAT, NamedWindow, check_state
-from feature_probe.window import Window
+from feature_probe.sinks.outlets import JSONL_NAME
+from feature_probe.sums.moments import Moments
+from feature_probe.sums.state import FORMAT, NamedWindow, check_state
+from feature_probe.sums.window import Window
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from cases import readable
 from torch import Tensor, nn
 
 from feature_probe import ConfigurationError, FeatureProbe
-from feature_probe.targets import ROOT_NAME, find_targets
+from feature_probe.layers.targets import ROOT_NAME, find_targets
 
 
 class Block(nn.Module):

@@ -25,8 +25,9 @@ import torchvision
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
-from feature_probe import FeatureProbe, assembly
-from feature_probe.relations import LayerStatistics
+from feature_probe import FeatureProbe
+from feature_probe.reports import assembly
+from feature_probe.theory.relations import LayerStatistics
 
 #: Nine models in ten have at least this share of their matrix entries measured.
 ENOUGH = 0.99

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from feature_probe.report import Report
+from feature_probe.reports.report import Report
 
 
 class Sink(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TextIO
 
-from feature_probe.report import Report
+from feature_probe.reports.report import Report
 
 
 class ConsoleSink:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from feature_probe.errors import ConfigurationError
-from feature_probe.report import Report
+from feature_probe.reports.report import Report
 
 _BLOCK = 1 << 16
 _STEP = re.compile(rb'"step": (\d+)[,}]')

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from feature_probe.errors import NotMeasuredError
-from feature_probe.report import Record, Report
+from feature_probe.reports.report import Record, Report
 from feature_probe.sinks.heatmap import Pixels, render_heatmap, render_matrices
 from feature_probe.sinks.history import StepHistory
 from feature_probe.sinks.wording import SCORE_NAMES, layer_name, question

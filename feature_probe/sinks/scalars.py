@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 from feature_probe.errors import ConfigurationError
-from feature_probe.report import SCORES, Report
+from feature_probe.reports.report import SCORES, Report
 from feature_probe.sinks.series import ROOT, band_scalars, layer_scalars
 
 #: How much of a report is logged: medians over layers, their bands and chance levels too, or also

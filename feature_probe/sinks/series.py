@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from feature_probe.relations import RELATIONS
-from feature_probe.report import Record, Report
+from feature_probe.reports.report import Record, Report
 from feature_probe.sinks.wording import SCORE_NAMES, layer_name
+from feature_probe.theory.relations import RELATIONS
 
 ROOT = "feature_probe"
 STATIONARITY = "stationarity"

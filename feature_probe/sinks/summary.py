@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
-from feature_probe.relations import RELATIONS
-from feature_probe.report import Record, Report
+from feature_probe.reports.report import Record, Report
 from feature_probe.sinks.series import by_label, defined, stationarity_by_layer
 from feature_probe.sinks.wording import SCORE_NAMES, chance_meaning, layer_name
+from feature_probe.theory.relations import RELATIONS
 
 _BRACKETS = (
     " In brackets: the cosine that chance alone would give; where both matrices have only "

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feature_probe.errors import ConfigurationError, FeatureProbeError
-from feature_probe.report import SCORES, Report
+from feature_probe.reports.report import SCORES, Report
 from feature_probe.sinks.history import StepHistory
 from feature_probe.sinks.pictures import heatmap_picture, matrix_picture
 from feature_probe.sinks.restart import follow_mark, mark_restart

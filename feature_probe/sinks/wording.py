@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from feature_probe.relations import RELATIONS, Relation
-from feature_probe.report import Record
+from feature_probe.reports.report import Record
+from feature_probe.theory.relations import RELATIONS, Relation
 
 #: What each relation predicts, in ASCII for pictures; the power is appended.
 PREDICTIONS: Mapping[str, str] = {

@@ -10,10 +10,10 @@ import window_jobs as jobs
 from rank_pool import Pool
 from torch import Tensor, nn
 
-from feature_probe.distributed import Part, is_writer, reduce_window, resolve_group
 from feature_probe.errors import ConfigurationError
-from feature_probe.packing import Slot, pack_symmetric, unpack_symmetric
-from feature_probe.window import Window
+from feature_probe.processes.packing import Slot, pack_symmetric, unpack_symmetric
+from feature_probe.processes.reduction import Part, is_writer, reduce_window, resolve_group
+from feature_probe.sums.window import Window
 
 
 def expected(seeds: list[int], kind: str) -> Tensor:

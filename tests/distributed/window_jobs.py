@@ -13,10 +13,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from feature_probe.distributed import Part, Reduced, is_writer, reduce_window, resolve_group
-from feature_probe.moments import Moments
-from feature_probe.sharding import full
-from feature_probe.window import Window
+from feature_probe.capture.sharding import full
+from feature_probe.processes.reduction import Part, Reduced, is_writer, reduce_window, resolve_group
+from feature_probe.sums.moments import Moments
+from feature_probe.sums.window import Window
 
 #: Collectives by which the library may talk.
 COLLECTIVES = ("all_gather", "all_gather_object", "all_reduce", "broadcast", "barrier")

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from feature_probe.coverage import Coverage, ParameterCoverage
-from feature_probe.relations import LayerStatistics
-from feature_probe.report import Record, Report
+from feature_probe.reports.coverage import Coverage, ParameterCoverage
+from feature_probe.reports.report import Record, Report
+from feature_probe.theory.relations import LayerStatistics
 
 NAN = float("nan")
 RELATIONS = (("fact", None), ("bfact", None), ("nfa", 0.5), ("enfa", 0.5))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from feature_probe.report import Report
+from feature_probe.reports.report import Report
 from feature_probe.sinks import ConsoleSink
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from feature_probe.report import Report
+from feature_probe.reports.report import Report
 from feature_probe.sinks import TensorBoardSink
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from feature_probe.errors import ConfigurationError
-from feature_probe.report import Record, Report
+from feature_probe.reports.report import Record, Report
 from feature_probe.sinks import JSONLSink
 
 NAN = float("nan")

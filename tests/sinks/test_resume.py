@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
-from feature_probe.report import Report
+from feature_probe.reports.report import Report
 from feature_probe.sinks import ConsoleSink, JSONLSink, ResumableSink, TensorBoardSink
 from feature_probe.sinks.history import StepHistory
 

@@ -14,7 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from feature_probe.errors import ConfigurationError
-from feature_probe.report import Report
+from feature_probe.reports.report import Report
 from feature_probe.sinks import TensorBoardSink
 from feature_probe.sinks.scalars import (
     ScalarSink,

@@ -24,13 +24,13 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
 from feature_probe.errors import ConfigurationError, FeatureProbeError, NotMeasuredError
-from feature_probe.relations import RELATIONS, LayerStatistics
-from feature_probe.report import SCORES, Report
+from feature_probe.reports.report import SCORES, Report
 from feature_probe.sinks import TensorBoardSink
 from feature_probe.sinks.palette import UNDEFINED, colourise
 from feature_probe.sinks.series import custom_scalars_layout, histogram
 from feature_probe.sinks.summary import summary_markdown
 from feature_probe.sinks.wording import PREDICTIONS, SCORE_NAMES
+from feature_probe.theory.relations import RELATIONS, LayerStatistics
 
 NAN = float("nan")
 Make = Callable[..., Report]

@@ -1,0 +1,1 @@
+"""Hooks: a model's forward passes are followed, and the gradients that arrive are handed on."""

@@ -1,0 +1,1 @@
+"""What a layer is: rules, what is measured of a model, what is refused."""

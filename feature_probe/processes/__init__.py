@@ -1,0 +1,1 @@
+"""Several processes: one report of what all ranks saw."""

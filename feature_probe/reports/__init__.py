@@ -1,0 +1,1 @@
+"""Sums become records, records a report."""

@@ -1,0 +1,1 @@
+"""What was captured becomes sums: over passes, steps and windows."""

@@ -1,0 +1,1 @@
+"""The mathematics: thin-factor matrices, the relations, their scores. Never sees a module."""
