@@ -120,3 +120,29 @@ def test_random_products_of_such_a_layer_are_kept() -> None:
     assert probe.report is not None
     assert probe.report.record("table", "nfa", 1.0).status == "ok"
     assert "ran once" in probe.report.record("table", "enfa", 1.0).status
+
+
+class OneByOne(nn.Module):
+    """Calls its layer for one example at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The head on the examples put together again."""
+        return self.head(torch.cat([torch.tanh(self.body(row[None])) for row in x]))
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_layer_called_for_each_example_by_itself_is_measured() -> None:
+    """As many calls as examples: the same matrices as from one call on the batch."""
+    model = OneByOne()
+    together = nn.Sequential(model.body, nn.Tanh(), model.head)
+    data = [(torch.randn(7, 6), torch.randn(7, 2))]
+    asked: dict[str, Any] = {"weight_decay": LAMBDA, "progress": False}
+    found, expected = (measure(net, data, F.mse_loss, **asked) for net in (model, together))
+    for relation in ("fact", "nfa", "enfa"):
+        torch.testing.assert_close(
+            found.matrix("body", relation), expected.matrix("0", relation), rtol=1e-9, atol=1e-12
+        )

@@ -116,6 +116,7 @@ class ForwardPass:
         edges: The gradient edge of each call's output. Held here and emptied with :meth:`release`,
             as the graph holds the hooks and an edge held by a hook would keep the graph for good.
         examples: n, set when the model has returned.
+        applied: How often each target was called in it, set likewise.
         staged: What the consumer holds back until a backward pass shows that it was training.
         without_graph: Whether a layer ran with gradients disabled, as in a reentrant checkpoint.
         void: Whether another pass stands in its place, so that what arrives at it is not for us.
@@ -124,6 +125,7 @@ class ForwardPass:
     calls: list[Call] = field(default_factory=list)
     edges: list[GradientEdge] = field(default_factory=list)
     examples: int = 0
+    applied: Mapping[int, int] = field(default_factory=dict)
     staged: dict[int, Any] = field(default_factory=dict)
     without_graph: bool = False
     void: bool = False

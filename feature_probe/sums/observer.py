@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -236,7 +237,7 @@ class Observer:
         if loss and self._settings.positions == "reduce":
             loss = self._has_example_axis(call, rows, forward.examples, "loss")
         elif loss:
-            loss = self._tells_examples_apart(call, rows, forward.examples, "loss")
+            loss = self._tells_examples_apart(forward, call, rows, "loss")
         if self._in_training:
             self.ledger.gradient(forward, call, rows, product, loss=loss, task=task)
             return
@@ -256,6 +257,7 @@ class Observer:
     ) -> None:
         f = select_output(output, self._settings.output)
         forward.examples = f.shape[0]
+        forward.applied = Counter(call.index for call in calls)
         if "jacobian" in self._settings.needs:
             self._settings.jacobian.check(f)
             if f.requires_grad and calls:
@@ -306,7 +308,7 @@ class Observer:
             counted[call.index] = counted.get(call.index, 0) + rows.shape[0] * rows.shape[1]
             moments = forward.staged.setdefault(call.index, Moments())
             if self._settings.positions == "expand":
-                if not self._tells_examples_apart(call, rows, forward.examples, "jacobian"):
+                if not self._tells_examples_apart(forward, call, rows, "jacobian"):
                     continue
                 moments.add_outer("jacobian", rows.flatten(0, 1), scale)
             elif self._has_example_axis(call, rows, forward.examples, "jacobian"):
@@ -331,12 +333,16 @@ class Observer:
             self.problems.setdefault(key, f"d_out {width} exceeds max_dim {limit}")
         return key not in self.problems
 
-    def _tells_examples_apart(self, call: Call, rows: Tensor, examples: int, kind: Sum) -> bool:
+    def _tells_examples_apart(
+        self, forward: ForwardPass, call: Call, rows: Tensor, kind: Sum
+    ) -> bool:
         """Whether a row is one example's: not for a layer that ran once for all of them.
 
-        Random products stay unbiased for K even there, by their sign per example.
+        One that was called for each example by itself ran as often as there are examples. Random
+        products stay unbiased for K even there, by their sign per example.
         """
-        once = rows.shape[0] == 1 < examples
+        examples = forward.examples
+        once = rows.shape[0] == 1 < examples and forward.applied.get(call.index, 1) % examples
         if not once or (kind == "jacobian" and self._settings.jacobian.kind == "random"):
             return True
         self.problems[call.index, kind] = (
