@@ -261,11 +261,18 @@ def test_batches_that_are_no_pairs(call: Call) -> None:
 def test_attach_twice() -> None:
     """A probe that is attached cannot be attached again; it stays attached and works."""
     probe = construct()
-    with probe:
-        with pytest.raises(ConfigurationError, match=r"attached"):
-            probe.attach()
-        with pytest.raises(ConfigurationError, match=r"attached"):
-            probe.__enter__()
+    with probe, pytest.raises(ConfigurationError, match=r"attached"):
+        probe.attach()
+
+
+def test_with_takes_an_attached_probe() -> None:
+    """As an integration's attach() gives it: with detaches it, also after an exception."""
+    probe = construct().attach()
+    with pytest.raises(KeyError), probe as same:
+        assert same is probe
+        assert probe.is_attached
+        raise KeyError
+    assert not probe.is_attached
 
 
 class Pair(nn.Module):

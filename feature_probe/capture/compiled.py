@@ -68,6 +68,7 @@ class Watch:
         if self._registration is None:
             hook = _Registered(self)
             self._registration = register_module_module_registration_hook(hook)
+            weakref.finalize(self, self._registration.remove)
 
     def close(self) -> None:
         """Take every hook off."""
@@ -89,6 +90,7 @@ class Watch:
             self._put_on()
         else:
             self._waiting = register_module_forward_pre_hook(_Waiting(self))
+            weakref.finalize(self, self._waiting.remove)
 
     def disarm(self) -> None:
         """Tell of no more calls."""
@@ -274,12 +276,18 @@ class _Before(_Hook):
             self._watch.before(module, args, kwargs)
 
 
-class _Waiting(_Hook):
+class _Waiting:
+    """Called for every module that runs, anywhere; keeps no model alive."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = weakref.ref(watch)
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not torch.compiler.is_compiling():
+        watch = self._watch()
+        if watch is not None and not torch.compiler.is_compiling():
             # torch tells global hooks of positional arguments alone
             kwargs = sys._getframe(1).f_locals.get("kwargs", {})
-            self._watch.waited(module, args, kwargs)
+            watch.waited(module, args, kwargs)
 
 
 class _After(_Hook):

@@ -12,6 +12,7 @@ operations raise.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -342,13 +343,17 @@ class _AfterCall(_Hook):
 
 
 class _Accumulated(_Hook):
+    """Held by C++, where the garbage collector does not look: it must not hold the recorder."""
+
     def __init__(self, recorder: Recorder, *, gathered: bool = False) -> None:
-        super().__init__(recorder)
+        self._reference = weakref.ref(recorder)
         self._gathered = gathered
 
     def __call__(self, parameter: Tensor) -> None:
-        held = None if self._gathered else parameter
-        self._recorder.guarded("backward", self._recorder.accumulated, held)
+        recorder = self._reference()
+        if recorder is not None:
+            held = None if self._gathered else parameter
+            recorder.guarded("backward", recorder.accumulated, held)
 
 
 class _Arrival:

@@ -25,6 +25,7 @@ from feature_probe.layers.targets import Target
 LossScale = float | Callable[[], Any] | None
 #: Frames between an optimizer's step hook and the loss scaler that called ``step``, at most.
 _DEPTH = 12
+_SCALER_STEP = torch.amp.GradScaler.step.__code__
 #: Where torch wraps ``step``.
 _HOOKING = torch.optim.Optimizer.profile_hook_step.__code__.co_filename
 
@@ -70,15 +71,18 @@ def step_scale(optimizer: Optimizer | None, given: LossScale) -> StepScale:
 
 
 def _calling_scaler() -> Any:
-    """The enabled gradient scaler among the callers: torch does not tell the optimizer of it."""
+    """The enabled gradient scaler among the callers: torch does not tell the optimizer of it.
+
+    The locals of no other frame are looked at: Python would keep what they hold alive from then on.
+    """
     frame = sys._getframe(1)
     for _ in range(_DEPTH):
         if frame.f_back is None:
             return None
         frame = frame.f_back
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, torch.amp.GradScaler):
-            return caller if caller.is_enabled() else None
+        if frame.f_code is _SCALER_STEP:
+            scaler = frame.f_locals["self"]
+            return scaler if scaler.is_enabled() else None
     return None
 
 
