@@ -313,6 +313,54 @@ def test_outputs_computed_from_one_another_are_not_counted_twice(
     assert_same_records(found.reports, expected.reports, rel=1e-9, exact=EXACT)
 
 
+@pytest.mark.parametrize("called_before", [False, True])
+def test_what_was_compiled_before_is_found_when_the_model_itself_is_given(
+    called_before: bool,
+) -> None:
+    """The probe gets the plain model, the loop calls what torch.compile made of it before."""
+    torch._dynamo.reset()
+    model = Net()
+    compiled = torch.compile(model, backend="eager")
+    if called_before:
+        compiled(torch.randn(4, 6)).sum().backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, weight_decay=1e-2)
+    counters.clear()
+    with FeatureProbe(model, optimizer=optimizer, every=1, strict=True) as probe:
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(compiled(torch.randn(4, 6)), torch.randint(3, (4,))).backward()
+            optimizer.step()
+    assert counters["stats"]["unique_graphs"] == (0 if called_before else 1)
+    assert probe.report is not None
+    assert probe.report.coverage.share() == 1.0
+    assert {record.status for record in probe.report.records} == {"ok"}
+    assert {record.n_examples for record in probe.report.records} == {4}
+
+
+class WithLoss(Net):
+    """Returns its loss beside the outputs, as transformers' models do."""
+
+    def forward(self, x: Tensor) -> Any:
+        """A loss, and what it is of."""
+        z = super().forward(x)
+        return {"loss": F.cross_entropy(z, torch.arange(len(x)) % 3), "logits": z}
+
+
+@pytest.mark.parametrize("way", [whole, in_place])
+def test_a_loss_that_the_compiled_model_returns(way: Callable[..., nn.Module]) -> None:
+    """The backward pass reaches the loss alone: the numbers are those of the model uncompiled."""
+    asked: dict[str, Any] = {
+        "loss": lambda out, _: out["loss"],
+        "dtype": torch.float64,
+        "probe": {"output": lambda out: out["logits"]},
+    }
+    eager = train(WithLoss, **asked)
+    for backend in ("eager", "aot_eager"):
+        compiled = train(WithLoss, way, backend=backend, **asked)
+        assert_same_records(compiled.reports, eager.reports, rel=1e-9)
+        assert {record.status for report in compiled.reports for record in report.records} == {"ok"}
+
+
 @dataclass
 class Output:
     """What some libraries return: neither a container nor known to torch's pytrees."""

@@ -146,3 +146,44 @@ def test_a_layer_called_for_each_example_by_itself_is_measured() -> None:
         torch.testing.assert_close(
             found.matrix("body", relation), expected.matrix("0", relation), rtol=1e-9, atol=1e-12
         )
+
+
+@pytest.mark.parametrize("after", ["float", "clone", "autocast"])
+def test_a_copy_of_the_last_layers_output_keeps_its_premise(after: str) -> None:
+    """Casting or copying leaves K the identity of the last linear layer: NFA is trivial there."""
+
+    class Copies(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.head(torch.tanh(self.body(x)))
+            return z.clone() if after == "clone" else z.float()
+
+    model = Copies()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=LAMBDA)
+    with FeatureProbe(model, optimizer=optimizer, every=1, strict=True) as probe:
+        with torch.autocast("cpu", torch.bfloat16, enabled=after == "autocast"):
+            output = model(torch.randn(7, 6))
+        F.mse_loss(output, torch.randn(7, 3)).backward()
+        optimizer.step()
+    assert probe.report is not None
+    assert "trivial" in probe.report.record("head", "nfa", 1.0).premise
+    assert probe.report.record("body", "nfa", 1.0).premise == ""
+
+
+def test_decay_in_the_loss_is_named() -> None:
+    """With λ given and none in the optimizer, FACT may be read from a gradient that holds λW."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(7, 6), torch.randn(7, 3)
+    premises = []
+    for own in (0.0, LAMBDA):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=own)
+        with FeatureProbe(model, optimizer=optimizer, every=1, weight_decay=LAMBDA) as probe:
+            F.mse_loss(model(x), y).backward()
+            optimizer.step()
+        assert probe.report is not None
+        premises.append(probe.report.record("0", "fact").premise)
+    assert "contains λW" in premises[0]
+    assert premises[1] == ""

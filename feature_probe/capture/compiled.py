@@ -10,6 +10,7 @@ they trace to nothing.
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 import types
 import weakref
@@ -35,6 +36,9 @@ class Passes(Protocol):
 
     def after_pass(self, output: Any) -> None:
         """The model has returned, or raised (output None)."""
+
+
+_FUNCTIONS = (types.FunctionType, types.MethodType)
 
 
 class Watch:
@@ -69,6 +73,8 @@ class Watch:
             hook = _Registered(self)
             self._registration = register_module_module_registration_hook(hook)
             weakref.finalize(self, self._registration.remove)
+            for wrapper in _compiled_wrappers():
+                self.registered(wrapper, wrapper._orig_mod)
 
     def close(self) -> None:
         """Take every hook off."""
@@ -203,7 +209,7 @@ def compiled_part(model: nn.Module) -> str | None:
         if is_compiled(module) or _compiled_in_place(module):
             return f"{where} is compiled"
         for attribute, value in vars(module).items():
-            if _is_compiled_function(value):
+            if type(value) in _FUNCTIONS and _is_compiled_function(value):
                 return f"{where} holds a compiled {attribute}"
         kind = type(module)
         if kind not in classes:
@@ -236,6 +242,14 @@ def _compiled_function_of(kind: type) -> str | None:
                     if _is_compiled_function(method.__globals__.get(used)):
                         return used
     return None
+
+
+def _compiled_wrappers() -> list[Any]:
+    """What torch.compile has returned so far: a model does not know what was made of it."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    if dynamo is None:
+        return []
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), dynamo.OptimizedModule)]
 
 
 class _Hook:

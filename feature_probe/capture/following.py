@@ -32,6 +32,10 @@ class Recording(Protocol):
     @listening.setter
     def listening(self, value: bool) -> None: ...
 
+    @property
+    def products(self) -> bool:
+        """Whether K or E is asked for, so that products may run through the graph."""
+
     def begin(self, *, running: bool) -> None:
         """Put the layers' hooks on; ``running``: the model is past its own pre-hooks."""
 
@@ -148,7 +152,7 @@ class Follower:
             if kind is None:
                 self._reentrant = bool(self._reentrant)
                 # products recompute what is checkpointed, which must not count for batch norm
-                aside = self._in_training and self._recorder.needs_calls()
+                aside = self._in_training and self._recorder.products
                 world = World(self._inner).entered() if aside else nullcontext()
                 with world:
                     self._recorder.deliver(forward, output)

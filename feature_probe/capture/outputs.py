@@ -166,8 +166,9 @@ class _Arrival:
     def __init__(self, gradients: OutputGradients, ports: list[int]) -> None:
         self._gradients, self._ports = gradients, ports
 
-    def __call__(self, gradient: Tensor) -> None:
-        if not torch.is_grad_enabled():  # else a create_graph pass, as the recorder leaves out
+    def __call__(self, gradient: Tensor | None) -> None:
+        # None: the backward pass reached another output of the same compiled function
+        if gradient is not None and not torch.is_grad_enabled():  # else create_graph, left out
             self._gradients.take(self._ports, gradient)
 
 

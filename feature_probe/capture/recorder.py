@@ -78,6 +78,7 @@ class Recorder:
 
     Attributes:
         listening: False while the probe's own products run through the graph.
+        products: Whether K or E is asked for.
         reader: What was read in the passes.
         gathered: What a sharded model computes with.
     """
@@ -98,7 +99,7 @@ class Recorder:
         self._model = model
         self._targets = discovery.targets
         self._discovery = discovery
-        self._products = products
+        self.products = products
         self._consumer = consumer
         self._inject_leaf = inject_leaf
         called = model if entrance is None else entrance  # some wrappers have no truth value
@@ -201,7 +202,7 @@ class Recorder:
     def needs_calls(self) -> bool:
         """Whether more is asked for than the gradients of known parameters."""
         return (
-            self._products
+            self.products
             or self._inject_leaf
             or self._discovery.undecided
             or any(
@@ -362,6 +363,7 @@ class _Arrival:
     def __init__(self, recorder: Recorder, forward: ForwardPass, call: Call) -> None:
         self._recorder, self._forward, self._call = recorder, forward, call
 
-    def __call__(self, gradient: Tensor) -> None:
-        arrived = self._recorder.arrived
-        self._recorder.guarded("backward", arrived, self._forward, self._call, gradient)
+    def __call__(self, gradient: Tensor | None) -> None:
+        if gradient is not None:  # else another output of the same function was reached
+            arrived = self._recorder.arrived
+            self._recorder.guarded("backward", arrived, self._forward, self._call, gradient)

@@ -92,7 +92,8 @@ def unmeasured_reason(module: nn.Module) -> str:
         return f"{name} is a quantised layer: {_WAY_ROUND}"
     return (
         f"{name} is no layer type the probe measures, and no product with this parameter was "
-        "recognised (register_layer_rule teaches it)"
+        "recognised: a table that is added or looked up has none; a layer type is taught by "
+        "register_layer_rule"
     )
 
 

@@ -79,6 +79,11 @@ class WeightDecay:
                 f"decoupled weight decay ({name}): FACT in its gradient form need not hold, "
                 "residual and decay ratio do not apply"
             )
+        if self.value(target, computed) and not group.get("weight_decay"):
+            return (
+                f"λ was given, but {name} applies none: where the loss itself holds (λ/2)‖W‖², its "
+                "gradient contains λW and FACT cannot be read from it (measure() without that term)"
+            )
         return ""
 
     def sign(self, target: Target) -> float:

@@ -68,6 +68,10 @@ class ObserverSettings:
             raise ConfigurationError(f"seed must be an integer, got {given!r}")
 
 
+#: Nodes that leave the Jacobian of what is below them the identity.
+_COPIES = frozenset({"ToCopyBackward0", "CloneBackward0", "AliasBackward0"})
+
+
 class Observer:
     """Consumes the recorder's events into a :class:`Window`.
 
@@ -279,8 +283,8 @@ class Observer:
         ]
         if not pairs:
             return
-        own = get_gradient_edge(Anchor.of(f)[1])
-        self.output_layers |= {call.index for call, edge in pairs if edge.node is own.node}
+        own = _behind_copies(get_gradient_edge(Anchor.of(f)[1]).node)
+        self.output_layers |= {call.index for call, edge in pairs if edge.node is own}
         asked, places = zip(*pairs, strict=True)
         self.recorder.listening = False
         try:
@@ -370,6 +374,13 @@ class Observer:
         rank, ranks = self._settings.stream
         seed = (self._settings.seed * 1_000_003 + counted * ranks + rank) % 2**63
         return torch.Generator(device=device).manual_seed(seed)
+
+
+def _behind_copies(node: Any) -> Any:
+    """The node whose value is only cast, copied or viewed from here on."""
+    while node.name() in _COPIES:
+        node = node.next_functions[0][0]
+    return node
 
 
 def select_output(output: Any, chooser: Callable[[Any], Any] | None) -> Tensor:
