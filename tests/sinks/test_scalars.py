@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -234,27 +235,36 @@ def read_log(path: Path) -> Iterator[bytes]:
         _, length, kind = struct.unpack_from("<IHB", data, offset)
         record += data[offset + header : offset + header + length]
         offset += header + length
+        if offset > len(data):  # being written
+            return
         if kind in (1, 4):  # whole, or the last part
             yield record
             record = b""
 
 
 def read_wandb(folder: Path) -> list[dict[str, Any]]:
-    """The rows of history of an offline run."""
+    """The rows of history of an offline run that has finished."""
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    records = wandb_records(path)
+    patience = time.monotonic() + 60
+    # another process writes the file, and may still be at it when finish() returns
+    while all(record.WhichOneof("record_type") != "exit" for record in records):
+        assert time.monotonic() < patience, "the run never ended in its file"
+        time.sleep(0.1)
+        records = wandb_records(path)
+    return [
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json)
+         for item in record.history.item}
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]  # fmt: skip
+
+
+def wandb_records(path: Path) -> list[Any]:
+    """What an offline run's file holds so far."""
     from wandb.proto import wandb_internal_pb2  # noqa: PLC0415  (an extra)
 
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    rows = []
-    for data in read_log(path):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            rows.append(
-                {item.key or ".".join(item.nested_key): json.loads(item.value_json)
-                 for item in items}
-            )  # fmt: skip
-    return rows
+    return [wandb_internal_pb2.Record.FromString(data) for data in read_log(path)]
 
 
 @pytest.fixture
