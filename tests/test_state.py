@@ -64,7 +64,7 @@ def assert_same_moments(one: Moments, two: Moments) -> None:
 def test_a_window_comes_back_from_a_file() -> None:
     """Every sum, count and problem, with layers in another order."""
     kept = through_a_file(NamedWindow.copied(window(), ["a", "b"]).state_dict())
-    back = Window.empty(3)
+    back = Window([Moments() for _ in range(3)])
     NamedWindow.from_state(kept).give(back, ["b", "new", "a"], lambda _: CPU)
     original = window()
     assert_same_moments(back.layers[2], original.layers[0])
@@ -82,7 +82,7 @@ def test_a_copy_does_not_change_with_the_run() -> None:
     assert_same_moments(copy.layers["a"], moments(1))
     state = copy.state_dict()
     for _ in range(2):  # one state may be loaded twice
-        back = Window.empty(2)
+        back = Window([Moments() for _ in range(2)])
         NamedWindow.from_state(state).give(back, ["a", "b"], lambda _: CPU)
         back.merge(window())
         assert_same_moments(copy.layers["a"], moments(1))
@@ -91,7 +91,7 @@ def test_a_copy_does_not_change_with_the_run() -> None:
 def test_a_layer_found_later_gets_its_sums_then() -> None:
     """Counts are given once, sums when the name is known, before anything is added to them."""
     named = NamedWindow.copied(window(), ["a", "found"])
-    back = Window.empty(1)
+    back = Window([Moments() for _ in range(1)])
     named.give(back, ["a"], lambda _: CPU)
     named.give(back, ["a"], lambda _: CPU)
     assert back.examples == 12
@@ -107,7 +107,7 @@ def test_a_layer_found_later_gets_its_sums_then() -> None:
 def test_sums_go_to_where_the_layer_is() -> None:
     """A checkpoint read to the CPU is added to on the layer's device."""
     named = NamedWindow.copied(window(), ["a", "b"])
-    back = Window.empty(2)
+    back = Window([Moments() for _ in range(2)])
     named.give(back, ["a", "b"], lambda index: torch.device("meta") if index else CPU)
     devices = [m.gradient.device.type for m in back.layers if m.gradient is not None]
     assert devices == ["cpu", "meta"]

@@ -126,7 +126,7 @@ class Observer:
         self._settings = settings
         self._fault = on_fault
         self._in_training = in_training
-        self._window = Window.empty(len(self._targets))
+        self._window = Window()
         self._passes = 0
         self._waiting: list[tuple[ForwardPass, list[Call], list[GradientEdge]]] = []
         self._reduced: dict[tuple[ForwardPass, int], Tensor] = {}
@@ -137,16 +137,8 @@ class Observer:
             self._window.layer(index).add_outer("loss", rows, self._loss_scale(forward))
         self._reduced.clear()
         self.edges, self._waiting = [], []
-        window, self._window = self._window, Window.empty(len(self._targets))
+        window, self._window = self._window, Window()
         return window
-
-    def commit(self, loss_scale: float | Tensor = 1.0) -> Window:
-        """In training: the sums of the step that the optimizer takes now.
-
-        Args:
-            loss_scale: What the loss was multiplied by, divided out of every sum.
-        """
-        return self.ledger.commit(loss_scale)
 
     def state_dict(self) -> dict[str, Any]:
         """In training: what was seen of the layers, by name, and how many passes counted."""

@@ -32,11 +32,6 @@ class Window:
     problems: dict[tuple[int, Sum], str] = field(default_factory=dict)
     _undecided: list[tuple[Tensor, Window]] = field(default_factory=list)
 
-    @classmethod
-    def empty(cls, targets: int) -> Window:
-        """Nothing added yet, with room for that many targets."""
-        return cls([Moments() for _ in range(targets)])
-
     def layer(self, index: int) -> Moments:
         """The sums of one target."""
         while len(self.layers) <= index:
