@@ -7,15 +7,15 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from feature_probe.theory.agreement import Agreement, compare, shared_weight_cosine, undefined
-from feature_probe.theory.factored import Factored, Spectrum, symmetric_spectrum
+from feature_probe.theory.agreement import Agreement, compare, undefined
+from feature_probe.theory.factored import Factored, framed_rows
 
-CLAMP = 10 * torch.finfo(torch.float64).eps
 SCORES = ("pearson", "cosine", "trace_free_cosine", "chance_cosine")
 
 
@@ -107,8 +107,9 @@ def test_trace_free_cosine(name: str) -> None:
 
 @ALL_PAIRS
 def test_nothing_is_undefined(name: str) -> None:
-    """These pairs have all scores, and no reason."""
-    assert scores(name).reason == ""
+    """These pairs have all scores, and no reason; 2 × 2 have one entry off the diagonal, twice."""
+    alone = "off-diagonal Pearson undefined: no two different entries off the diagonal"
+    assert scores(name).reason == (alone if name == "two by two" else "")
     assert all(math.isfinite(number) for number in (*numbers(scores(name)), scores(name).scale))
 
 
@@ -139,6 +140,145 @@ def test_scores_stay_within_one(seed: int, groups: int, d: int) -> None:
     agreement = compare(full(a), full(a * (seed + 0.1) / 7))
     assert all(-1 <= number <= 1 for number in numbers(agreement)[:3])
     assert agreement.chance_cosine <= 1 + 1e-15
+
+
+# --------------------------------------------------------------------------- further views
+
+
+@ALL_PAIRS
+def test_off_diagonal_pearson_is_numpys(name: str) -> None:
+    """The off-diagonal Pearson is numpy's r over the entries with i ≠ j inside the blocks."""
+    d = PAIRS[name][0].shape[-1]
+    away = ~torch.eye(d, dtype=torch.bool)
+    a, x = (matrix[:, away].flatten().numpy() for matrix in PAIRS[name])
+    got = scores(name).off_diagonal_pearson
+    if name == "two by two":
+        assert math.isnan(got)
+    else:
+        assert math.isclose(got, np.corrcoef(a, x)[0, 1], abs_tol=1e-11)
+
+
+@ALL_PAIRS
+def test_spearman_is_scipys(name: str) -> None:
+    """Spearman is scipy's over the entries with i ≤ j inside the blocks, ties included."""
+    a, x = (
+        np.concatenate([block.numpy()[np.triu_indices(len(block))] for block in matrix])
+        for matrix in PAIRS[name]
+    )
+    expected = scipy.stats.spearmanr(a, x).statistic
+    assert math.isclose(scores(name).spearman, expected, abs_tol=1e-12)
+
+
+def test_spearman_of_a_monotone_function_is_one() -> None:
+    """Spearman sees the order alone, Pearson the values too."""
+    a = gram(1, 4, 6)
+    agreement = compare(full(a), full(a.pow(3)))
+    assert agreement.spearman == 1.0
+    assert agreement.pearson < 0.99
+
+
+def test_spearman_of_wide_blocks_is_of_a_sample() -> None:
+    """Of 600 columns 447 are taken, the same of both sides: near the value over all entries."""
+    a, x = gram(1, 5, 600), related(gram(1, 5, 600), 2.0)
+    upper = np.triu_indices(600)
+    expected = scipy.stats.spearmanr(a[0].numpy()[upper], x[0].numpy()[upper]).statistic
+    got = compare(full(a), full(x)).spearman
+    assert 0.3 < expected < 0.8
+    assert got != expected
+    assert abs(got - expected) < 0.02
+    assert compare(full(a), full(a * 3)).spearman == 1.0
+
+
+def test_spearman_of_many_blocks_is_of_a_sample() -> None:
+    """Of 3000 blocks of 9 × 9 (45 entries each) 2225 are taken, the same of both sides."""
+    a = gram(3000, 2, 9)
+    x = related(a, 2.0)
+    upper = np.triu_indices(9)
+    one, two = (matrix.numpy()[:, upper[0], upper[1]].ravel() for matrix in (a, x))
+    expected = scipy.stats.spearmanr(one, two).statistic
+    assert abs(compare(full(a), full(x)).spearman - expected) < 0.01
+    assert compare(full(a), full(a * 3)).spearman == 1.0
+
+
+def test_rounding_is_no_order() -> None:
+    """Zeros that an eigenvalue problem leaves at 1e-17 tie, so that Spearman has nothing to say."""
+    a = gram(1, 4, 6)
+    identity = torch.eye(6, dtype=torch.float64)[None]
+    exact = compare(full(a), full(identity)).spearman
+    noisy = compare(full(a), full(identity + 1e-16 * normal(1, 6, 6))).spearman
+    assert math.isclose(exact, noisy, rel_tol=1e-12)
+
+
+def test_what_the_further_views_cannot_say() -> None:
+    """Blocks of one entry have none off the diagonal; constant ones have no order."""
+    single = compare(full(gram(4, 2, 1)), full(gram(4, 3, 1, seed=1)))
+    assert math.isnan(single.off_diagonal_pearson)
+    assert "off-diagonal" in single.reason
+    assert single.chance_spread == 0
+    assert math.isclose(single.chance_cosine, single.cosine)
+    ones = torch.ones(1, 4, 4, dtype=torch.float64)
+    constant = compare(full(gram(1, 3, 4)), full(ones))
+    assert math.isnan(constant.spearman)
+    assert "Pearson and Spearman undefined" in constant.reason
+    diagonal = compare(
+        full(gram(1, 3, 4)), full(torch.diag_embed(torch.arange(1.0, 5)[None]).double())
+    )
+    assert math.isnan(diagonal.off_diagonal_pearson)
+    assert math.isfinite(diagonal.spearman)
+
+
+@ALL_PAIRS
+def test_chance_spread_is_that_over_rotations(name: str) -> None:
+    """The closed form is the standard deviation over random rotations of the blocks' bases."""
+    a, x = PAIRS[name]
+    q = rotations(len(a), a.shape[-1], 4000)
+    cosines = torch.einsum("gij,ngij->n", a, q @ x @ q.mT) / (a.norm() * x.norm())
+    # heavy tails in small blocks: five standard errors of a standard deviation
+    kurtosis = float(((cosines - cosines.mean()) / cosines.std()).pow(4).mean())
+    allowed = 5 * math.sqrt((kurtosis - 1) / 4 / len(cosines))
+    assert math.isclose(scores(name).chance_spread, float(cosines.std()), rel_tol=allowed)
+
+
+def test_chance_spread_of_matrices_that_are_not_symmetric() -> None:
+    """Antisymmetric parts of both sides add to the spread what the closed form says."""
+    a, x = normal(2, 4, 4), normal(2, 4, 4, seed=1)
+    q = rotations(2, 4, 4000)
+    cosines = torch.einsum("gij,ngij->n", a, q @ x @ q.mT) / (a.norm() * x.norm())
+    got = compare(full(a), full(x)).chance_spread
+    assert math.isclose(got, float(cosines.std()), rel_tol=0.06)
+
+
+def test_single_entries_in_a_frame_need_a_lift() -> None:
+    """A matrix in a frame has no diagonal of its own, and says so."""
+    rows, frame = framed_rows(normal(1, 2, 5))
+    with pytest.raises(ValueError, match="no single entries unless it is lifted"):
+        compare(Factored.gram(rows, frame), Factored.gram(rows, frame))
+
+
+VIEWS = (*SCORES, "off_diagonal_pearson", "spearman", "chance_spread")
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-180, 1e150, 1e200])
+@ALL_PAIRS
+def test_no_scale_is_too_small_or_too_large(name: str, scale: float) -> None:
+    """Entries of 1e-200 and 1e200 give the scores of ordinary ones; only `scale` may be lost."""
+    a, x = PAIRS[name]
+    plain = [getattr(scores(name), view) for view in VIEWS]
+    for one, other in ((a * scale, x), (a, x * scale), (a * scale, x * scale)):
+        agreement = compare(full(one), full(other))
+        got = [getattr(agreement, view) for view in VIEWS]
+        assert got == pytest.approx(plain, abs=1e-12, nan_ok=True)
+    assert math.isclose(agreement.scale, scores(name).scale, rel_tol=1e-12)
+
+
+def test_a_scale_out_of_range_is_nan() -> None:
+    """Where floating point has no such c it is NaN, not 0 or infinity, and the cosine stands."""
+    a, x = PAIRS["related"]
+    for one, other in ((a * 1e200, x * 1e-200), (a * 1e-200, x * 1e200)):
+        agreement = compare(full(one), full(other))
+        assert math.isnan(agreement.scale)
+        assert "scale out of the range" in agreement.reason
+        assert math.isclose(agreement.cosine, scores("related").cosine)
 
 
 # --------------------------------------------------------------------------- invariances
@@ -239,148 +379,6 @@ def test_chance_cosine_of_groups_is_not_the_global_formula() -> None:
     traces = [float(torch.einsum("gii->", matrix)) for matrix in (a, x)]
     wrong = traces[0] * traces[1] / (6 * float(a.norm() * x.norm()))
     assert abs(scores("groups of unequal scale").chance_cosine - wrong) > 0.05
-
-
-def spectrum_of(values: Tensor) -> Spectrum:
-    """A diagonal K with the given eigenvalues ``[groups, k]``."""
-    return symmetric_spectrum(torch.diag_embed(values), CLAMP)
-
-
-def decaying(groups: int, k: int) -> Tensor:
-    """Eigenvalues 1/(1 + i)."""
-    return (1 / torch.arange(1, k + 1, dtype=torch.float64)).expand(groups, -1)
-
-
-def monte_carlo(weight: Tensor, values: Tensor, power: float, draws: int) -> Tensor:
-    """cos(WᵀW, (WᵀQKQᵀW)ˢ) of random Q, dense, block-diagonal Q for groups."""
-    groups, k, _ = weight.shape
-    actual = weight.mT @ weight
-    cosines = []
-    for q in rotations(groups, k, draws, seed=123):
-        x = weight.mT @ q @ torch.diag_embed(values) @ q.mT @ weight
-        if power != 1:
-            eigenvalues, vectors = torch.linalg.eigh(x)
-            largest = eigenvalues[:, -1:]
-            eigenvalues = torch.where(eigenvalues > CLAMP * largest, eigenvalues, 0.0).clamp_min(0)
-            x = vectors @ torch.diag_embed(eigenvalues**power) @ vectors.mT
-        cosines.append(float((actual * x).sum() / (actual.norm() * x.norm())))
-    return torch.tensor(cosines)
-
-
-@pytest.mark.parametrize(("k", "d"), [(16, 784), (256, 256), (512, 61)])
-def test_shared_weight_cosine_in_closed_form(k: int, d: int) -> None:
-    """At s = 1 the closed form is the mean over random K eigenvectors (MATH §3's three shapes)."""
-    weight = normal(1, k, d)
-    values = decaying(1, k)
-    # on the d_out side: ⟨WᵀW, WᵀMW⟩ = tr L²M and ‖WᵀMW‖² = tr MLML, L = WWᵀ
-    gram_out = weight[0] @ weight[0].T
-    cosines = []
-    for q in rotations(1, k, 24, seed=1)[:, 0]:
-        m = (q * values[0]) @ q.T
-        lm = gram_out @ m
-        cosines.append(float((gram_out * lm.T).sum() / gram_out.norm() / (lm * lm.T).sum().sqrt()))
-    expected = sum(cosines) / len(cosines)
-    got = shared_weight_cosine(weight, spectrum_of(values).values, 1.0, CLAMP)
-    assert abs(got - expected) < 0.01
-    chance = compare(Factored.gram(weight), Factored.gram(values.sqrt()[..., None] * weight))
-    assert abs(expected - chance.chance_cosine) > 0.03
-
-
-def test_the_papers_control_at_full_size() -> None:
-    """MATH §3's table: 0.67 at 16 × 784 and 0.40 at 256 × 256, s = 1."""
-    for k, d, expected in ((16, 784, 0.67), (256, 256, 0.40)):
-        got = shared_weight_cosine(normal(1, k, d), spectrum_of(decaying(1, k)).values, 1.0, CLAMP)
-        assert abs(got - expected) < 0.02
-
-
-@pytest.mark.parametrize("power", [0.5, 1 / 3, 2.0])
-@pytest.mark.parametrize("shape", [(1, 16, 60), (1, 32, 32), (1, 48, 8), (2, 12, 10)], ids=str)
-def test_shared_weight_cosine_at_other_powers(shape: tuple[int, int, int], power: float) -> None:
-    """At s ≠ 1 the mean of the few draws is that of 150 others, within their spread."""
-    weight, values = normal(*shape), decaying(*shape[:2])
-    cosines = monte_carlo(weight, values, power, 150)
-    got = shared_weight_cosine(weight, spectrum_of(values).values, power, CLAMP)
-    assert abs(got - float(cosines.mean())) < 5 * float(cosines.std()) / math.sqrt(5)
-    assert abs(got - float(cosines.mean())) < 0.05
-
-
-def test_shared_weight_cosine_of_groups() -> None:
-    """At s = 1 the closed form adds up the blocks."""
-    weight = normal(3, 10, 8) * torch.tensor([1.0, 2.0, 0.5])[:, None, None]
-    values = decaying(3, 10) * torch.tensor([1.0, 0.3, 2.0])[:, None]
-    cosines = monte_carlo(weight, values, 1.0, 800)
-    got = shared_weight_cosine(weight, spectrum_of(values).values, 1.0, CLAMP)
-    assert abs(got - float(cosines.mean())) < 0.015
-
-
-def test_shared_weight_cosine_where_k_has_lost_eigenvalues() -> None:
-    """K of low rank: dropped eigenvalues count as zeros of a d_out × d_out matrix."""
-    weight = normal(1, 24, 12)
-    values = torch.cat([decaying(1, 4), torch.zeros(1, 20, dtype=torch.float64)], dim=1)
-    for power in (1.0, 0.5):
-        cosines = monte_carlo(weight, values, power, 300)
-        got = shared_weight_cosine(weight, spectrum_of(values).values, power, CLAMP)
-        # the closed form is a ratio of expectations, low by up to 0.02 in narrow layers
-        bound = 0.02 if power == 1.0 else 5 * float(cosines.std()) / math.sqrt(8)
-        assert abs(got - float(cosines.mean())) < bound
-
-
-def test_shared_weight_cosine_of_a_spherical_k() -> None:
-    """K = c·I has no eigenvectors to draw: the level is the score itself, at every power."""
-    weight = normal(1, 6, 9)
-    spectrum = spectrum_of(torch.full((1, 6), 2.5, dtype=torch.float64))
-    rows = Factored.gram(spectrum.rows(1.0) @ weight)
-    at_one = compare(Factored.gram(weight), rows).cosine
-    assert math.isclose(
-        shared_weight_cosine(weight, spectrum.values, 1.0, CLAMP), at_one, rel_tol=1e-12
-    )
-    s = torch.linalg.svdvals(weight[0])
-    half = float((s**3).sum() / (s**4).sum().sqrt() / (s**2).sum().sqrt())  # MATH §7 at s = ½
-    assert math.isclose(
-        shared_weight_cosine(weight, spectrum.values, 0.5, CLAMP), half, rel_tol=1e-10
-    )
-
-
-def test_shared_weight_cosine_repeats_by_seed_and_leaves_the_random_state() -> None:
-    """The draws are the seed's own; the global generator is not used."""
-    weight, spectrum = normal(1, 8, 6), spectrum_of(decaying(1, 8))
-    state = torch.random.get_rng_state()
-    one, again, other = (
-        shared_weight_cosine(weight, spectrum.values, 0.5, CLAMP, seed=seed) for seed in (3, 3, 4)
-    )
-    assert one == again != other
-    assert torch.equal(torch.random.get_rng_state(), state)
-
-
-def test_shared_weight_cosine_of_many_rows_has_fewer_draws() -> None:
-    """In wide layers the spread of one draw is small enough for one draw to do."""
-    weight, values = normal(1, 140, 20), decaying(1, 140)
-    cosines = monte_carlo(weight, values, 0.5, 20)
-    assert float(cosines.std()) < 0.02
-    got = shared_weight_cosine(weight, spectrum_of(values).values, 0.5, CLAMP)
-    assert abs(got - float(cosines.mean())) < 4.5 * float(cosines.std())
-
-
-@pytest.mark.parametrize("power", [0.5, 1.0])
-@pytest.mark.parametrize(
-    ("weight", "values"),
-    [
-        (normal(3, 1, 5), torch.ones(3, 1, dtype=torch.float64)),
-        (normal(1, 4, 5), torch.zeros(1, 4, dtype=torch.float64)),
-        (torch.zeros(1, 4, 5, dtype=torch.float64), torch.ones(1, 4, dtype=torch.float64)),
-    ],
-    ids=["blocks of one row", "K is zero", "W is zero"],
-)
-def test_shared_weight_cosine_undefined(weight: Tensor, values: Tensor, power: float) -> None:
-    """NaN where there is nothing to rotate or nothing to compare."""
-    assert math.isnan(shared_weight_cosine(weight, spectrum_of(values).values, power, CLAMP))
-
-
-@pytest.mark.parametrize("power", [0.5, 1.0])
-def test_one_row_agrees_whatever_k_is(power: float) -> None:
-    """With one output row every K gives WᵀKW ∝ WᵀW, so the level to beat is 1."""
-    values = torch.full((1, 1), 0.3, dtype=torch.float64)
-    assert shared_weight_cosine(normal(1, 1, 5), values, power, CLAMP) == 1.0
 
 
 # --------------------------------------------------------------------------- NaN with a reason

@@ -12,13 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from feature_probe.theory.factored import (
-    Factored,
-    framed_rows,
-    gram_spectrum,
-    polar_root,
-    symmetric_spectrum,
-)
+from feature_probe.theory.factored import Factored, framed_rows
+from feature_probe.theory.spectra import gram_spectrum, polar_root, symmetric_spectrum
 
 CLAMP = 10 * torch.finfo(torch.float64).eps
 POWERS = (1 / 3, 0.5, 1.0, 2.0)
@@ -166,6 +161,26 @@ def test_thin_of_many_rows_is_rank_free() -> None:
     """A factor with more rows than columns costs no more than the dense block afterwards."""
     thin = Factored.gram(normal(2, 50, 3)).thin()
     assert thin.left.shape == thin.right.shape == (2, 3, 3)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-30, 1e30, 1e150])
+def test_moderated(scale: float) -> None:
+    """2ᵉ·Y is the matrix exactly, and Y has ordinary entries and the right LLᵀ, if it has one."""
+    left, right = normal(1, 3, 7), normal(1, 3, 7, seed=1)
+    for x in (
+        Factored(left * scale, right, left_gram=(left * scale) @ (left * scale).mT),
+        Factored(left * scale, left * scale * 2),
+        Factored.gram(left * scale),
+    ):
+        y, exponent = x.moderated()
+        assert 1e-3 < float(y.squared_norm().sqrt()) < 1e3
+        close(y.inner(y), y.dense().square().sum(), y.dense().square().sum())
+        assert y.is_gram == x.is_gram
+        root = 2.0 ** (exponent // 2)
+        assert torch.equal(y.left.sign(), x.left.sign())
+        factor = x.left.abs().max() / y.left.abs().max()
+        other = x.right.abs().max() / y.right.abs().max()
+        assert math.isclose(float(factor / root * (other / root)), 2.0 ** (exponent % 2))
 
 
 @settings(deadline=None, max_examples=40)

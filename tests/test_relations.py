@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from feature_probe import RELATIONS, ConfigurationError, FeatureProbeError, measure
 from feature_probe.theory.agreement import compare
 from feature_probe.theory.factored import Factored
+from feature_probe.theory.matrices import LayerMatrices
 from feature_probe.theory.relations import (
     GRAM_MATRICES,
-    LayerMatrices,
     LayerStatistics,
+    Sum,
     clamp_tolerance,
     parse_powers,
     parse_relations,
@@ -28,6 +30,16 @@ from feature_probe.theory.relations import (
 CLAMP = 10 * torch.finfo(torch.float64).eps
 LAMBDA = 0.03
 POWERS = (1 / 3, 0.5, 1.0, 2.0)
+SCORES = (
+    "pearson",
+    "cosine",
+    "trace_free_cosine",
+    "chance_cosine",
+    "scale",
+    "off_diagonal_pearson",
+    "spearman",
+    "chance_spread",
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -39,7 +51,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def statistics(
     groups: int, d_out: int, d_in: int, *, rank: int | None = None, decay: float | None = LAMBDA
 ) -> LayerStatistics:
-    """Random W, G, K and E; K and E of the given rank (full if None)."""
+    """Random W, G, U, K and E; K and E of the given rank (full if None)."""
     rows = d_out + 3 if rank is None else rank
     k_rows, e_rows = normal(groups, rows, d_out, seed=2), normal(groups, rows, d_out, seed=3)
     return LayerStatistics(
@@ -49,6 +61,7 @@ def statistics(
         loss=e_rows.mT @ e_rows,
         weight_decay=decay,
         tolerance=CLAMP,
+        update=normal(groups, d_out, d_in, seed=4),
     )
 
 
@@ -83,16 +96,19 @@ def dense_root(matrix: Tensor) -> Tensor:
 
 def dense_prediction(given: LayerStatistics, relation: str, power: float) -> Tensor:
     """What the equation in the table says, written out."""
-    w, g, k, e = given.weight, given.gradient, given.jacobian, given.loss
+    w, g, k, e, u = given.weight, given.gradient, given.jacobian, given.loss, given.update
     assert g is not None
     assert k is not None
     assert e is not None
+    assert u is not None
     scale = given.weight_decay or 1.0
     formulas: dict[str, Callable[[], Tensor]] = {
         "fact": lambda: -w.mT @ g / scale,
         "bfact": lambda: -w @ g.mT / scale,
         "fact_sym": lambda: dense_root(-w.mT @ g / scale),
         "bfact_sym": lambda: dense_root(-w @ g.mT / scale),
+        "update_fact": lambda: -w.mT @ u / scale,
+        "update_bfact": lambda: -w @ u.mT / scale,
         "nfa": lambda: dense_power(w.mT @ k @ w, power),
         "enfa": lambda: dense_power(w.mT @ e @ w, power),
         "bnfa": lambda: dense_power(k, power),
@@ -150,7 +166,7 @@ def test_scores_do_not_depend_on_the_frame(name: str, relation: str) -> None:
         identity = torch.eye(a.shape[-1], dtype=a.dtype).expand(len(a), -1, -1)
         expected = compare(Factored(identity, a), Factored(identity, x))
         assert got.reason == expected.reason
-        for score in ("pearson", "cosine", "trace_free_cosine", "chance_cosine", "scale"):
+        for score in SCORES:
             one, two = getattr(got, score), getattr(expected, score)
             assert one == pytest.approx(two, rel=1e-9, abs=1e-10, nan_ok=True), score
 
@@ -185,23 +201,21 @@ def test_the_clamp_is_of_the_sums() -> None:
     assert clamp_tolerance(torch.float32) == pytest.approx(1.2e-6, rel=0.02)
 
 
-@pytest.mark.parametrize("sum_name", ["gradient", "jacobian", "loss"])
+@pytest.mark.parametrize("sum_name", ["gradient", "update", "jacobian", "loss"])
 def test_an_absent_sum_is_refused(sum_name: str) -> None:
-    """A prediction from a sum that was not measured raises; the gradient scalars are NaN."""
-    given = CASES["wide"]
-    sums = {"gradient": given.gradient, "jacobian": given.jacobian, "loss": given.loss}
-    sums[sum_name] = None
-    matrices = LayerMatrices(
-        LayerStatistics(given.weight, **sums, weight_decay=LAMBDA, tolerance=CLAMP)
-    )
+    """A prediction from a sum that was not measured raises; its scalars are NaN."""
+    matrices = LayerMatrices(replace(CASES["wide"], **{sum_name: None}))
     for relation in RELATIONS.values():
         if relation.needs == sum_name:
             with pytest.raises(ValueError, match="not measured"):
                 matrices.prediction(relation, None)
         else:
             matrices.prediction(relation, None)
-    missing = sum_name == "gradient"
-    assert math.isnan(matrices.stationarity()) == math.isnan(matrices.decay_ratio()) == missing
+    slopes: tuple[Sum, ...] = ("gradient", "update")
+    for needs in slopes:
+        missing = sum_name == needs
+        assert math.isnan(matrices.stationarity(needs)) == missing
+        assert math.isnan(matrices.decay_ratio(needs)) == missing
 
 
 # --------------------------------------------------------------------------- residual and scalars
@@ -222,7 +236,7 @@ def nearly_stationary(shape: tuple[int, int, int], distance: float) -> LayerStat
     """G = −λW + λ·distance·(random of W's size)."""
     w, noise = normal(*shape), normal(*shape, seed=5)
     gradient = LAMBDA * (distance * noise / noise.norm() * w.norm() - w)
-    return LayerStatistics(w, gradient, None, None, LAMBDA, CLAMP)
+    return LayerStatistics(w, gradient, None, None, LAMBDA, CLAMP, update=gradient)
 
 
 @pytest.mark.parametrize("relation", ["fact", "bfact"])
@@ -279,25 +293,195 @@ def test_proportionalities_have_no_residual(relation: str) -> None:
     assert math.isnan(LayerMatrices(CASES["wide"]).residual(RELATIONS[relation]))
 
 
+@pytest.mark.parametrize("slope", ["gradient", "update"])
 @pytest.mark.parametrize("name", ["wide", "tall", "groups, wide", "groups, tall"])
-def test_stationarity_and_decay_ratio(name: str) -> None:
-    """‖λW + G‖/‖λW‖, and −⟨W,G⟩/(λ‖W‖²) = tr FACT/tr WᵀW."""
+def test_stationarity_and_decay_ratio(name: str, slope: Sum) -> None:
+    """‖λW + G‖/‖λW‖, and −⟨W,G⟩/(λ‖W‖²) = tr FACT/tr WᵀW; the same with U for G."""
     given = CASES[name]
-    w, g = given.weight, given.gradient
+    w, g = given.weight, given.sum(slope)
     assert g is not None
     matrices = LayerMatrices(given)
     stationarity = float((LAMBDA * w + g).norm() / (LAMBDA * w).norm())
-    assert math.isclose(matrices.stationarity(), stationarity, rel_tol=1e-12)
+    assert math.isclose(matrices.stationarity(slope), stationarity, rel_tol=1e-12)
+    prefix = "" if slope == "gradient" else "update_"
     traces = [
         float(torch.einsum("gii->", matrix))
-        for matrix in (dense_prediction(given, "fact", 1.0), dense_gram(given, "fact"))
+        for matrix in (dense_prediction(given, f"{prefix}fact", 1.0), dense_gram(given, "fact"))
     ]
-    assert math.isclose(matrices.decay_ratio(), traces[0] / traces[1], rel_tol=1e-10)
-    # MATH §12: tr FACT = tr bFACT = −⟨W,G⟩/λ
+    assert math.isclose(matrices.decay_ratio(slope), traces[0] / traces[1], rel_tol=1e-10)
+    # tr FACT = tr bFACT = −⟨W,G⟩/λ
     expected = -float((w * g).sum()) / LAMBDA
-    for relation in ("fact", "bfact"):
+    for relation in (f"{prefix}fact", f"{prefix}bfact"):
         trace = matrices.prediction(RELATIONS[relation], None).traces().sum()
         assert math.isclose(float(trace), expected, rel_tol=1e-10)
+
+
+# --------------------------------------------------------------------------- R², fitted power
+
+PROPORTIONALITIES = [name for name, relation in RELATIONS.items() if not relation.is_equality]
+SIZED = pytest.mark.parametrize(
+    "name", ["wide", "tall", "square", "low rank", "groups, wide", "groups, tall"]
+)
+
+
+@pytest.mark.parametrize("relation", EQUALITIES)
+@SIZED
+def test_r_squared_of_an_equality(name: str, relation: str) -> None:
+    """1 − ‖X − N‖²/‖N − mean N‖² over the entries inside the blocks."""
+    n, x = dense_gram(CASES[name], relation), dense_prediction(CASES[name], relation, 1.0)
+    expected = 1 - float((x - n).square().sum() / (n - n.mean()).square().sum())
+    got = LayerMatrices(CASES[name]).r_squared(RELATIONS[relation])
+    assert math.isclose(got, expected, rel_tol=1e-10)
+
+
+@pytest.mark.parametrize("relation", EQUALITIES)
+def test_r_squared_is_one_at_a_stationary_point(relation: str) -> None:
+    """G = −λW: the prediction explains all; a little off it is as little less, to rounding."""
+    exact = LayerMatrices(nearly_stationary((1, 8, 20), 0.0)).r_squared(RELATIONS[relation])
+    assert math.isclose(exact, 1.0, rel_tol=1e-14)
+    near = LayerMatrices(nearly_stationary((1, 8, 20), 1e-3))
+    assert 1e-8 < 1 - near.r_squared(RELATIONS[relation]) < 1e-4
+
+
+@pytest.mark.parametrize("relation", PROPORTIONALITIES)
+@SIZED
+def test_r_squared_of_a_proportionality(name: str, relation: str) -> None:
+    """1 − min_c ‖N − c·X‖²/‖N‖² by least squares, at every power."""
+    matrices, n = LayerMatrices(CASES[name]), dense_gram(CASES[name], relation)
+    for power in POWERS:
+        x = dense_prediction(CASES[name], relation, power)
+        fit = (n * x).sum() / x.square().sum()
+        expected = 1 - float((n - fit * x).square().sum() / n.square().sum())
+        got = matrices.r_squared(RELATIONS[relation], power)
+        assert math.isclose(got, expected, rel_tol=1e-9), power
+
+
+def test_r_squared_undefined() -> None:
+    """NaN without λ, for a zero side, and for a Gram matrix whose entries are all equal."""
+    for name in ("no decay", "decay not known"):
+        for relation in EQUALITIES:
+            assert math.isnan(LayerMatrices(CASES[name]).r_squared(RELATIONS[relation]))
+    given = CASES["square"]
+    assert given.jacobian is not None
+    zero_weight = LayerMatrices(replace(given, weight=torch.zeros_like(given.weight)))
+    zero_sum = LayerMatrices(replace(given, jacobian=torch.zeros_like(given.jacobian)))
+    for matrices in (zero_weight, zero_sum):
+        assert math.isnan(matrices.r_squared(RELATIONS["nfa"], 0.5))
+        assert math.isnan(matrices.r_squared(RELATIONS["bnfa"], 0.5))
+    for relation in EQUALITIES:
+        assert math.isnan(zero_weight.r_squared(RELATIONS[relation]))
+    constant = LayerMatrices(replace(given, weight=torch.ones_like(given.weight)))
+    assert math.isnan(constant.r_squared(RELATIONS["fact"]))
+
+
+@pytest.mark.parametrize("framed", [True, False])
+@pytest.mark.parametrize("relation", PROPORTIONALITIES)
+@SIZED
+def test_power_inputs(name: str, relation: str, framed: bool) -> None:
+    """Eigenvalues, vᵀNv and ‖N‖ give the dense cosine at any power; their sums are traces."""
+    matrices, n = LayerMatrices(CASES[name], framed=framed), dense_gram(CASES[name], relation)
+    values, quotients, norm = matrices.power_inputs(RELATIONS[relation])
+    x = dense_prediction(CASES[name], relation, 1.0)
+    expected = torch.linalg.eigvalsh(x).flatten()
+    expected = expected[expected > 1e-10 * expected.max()]
+    torch.testing.assert_close(values.sort().values, expected.sort().values)
+    assert quotients.shape == values.shape
+    assert math.isclose(norm, float(n.norm()), rel_tol=1e-12)
+    for power in (*POWERS, 0.1, 3.0):
+        x = dense_prediction(CASES[name], relation, power)
+        raised = values**power
+        cosine = float((raised * quotients).sum() / raised.norm()) / norm
+        assert math.isclose(cosine, float((n * x).sum() / (n.norm() * x.norm())), rel_tol=1e-9)
+
+
+# --------------------------------------------------------------------------- range of numbers
+
+
+def rescaled(given: LayerStatistics, **factors: float) -> LayerStatistics:
+    """The statistics with some of them multiplied."""
+    changes: dict[str, Any] = {
+        name: getattr(given, name) * factor for name, factor in factors.items()
+    }
+    return replace(given, **changes)
+
+
+FACTORS: dict[str, Callable[[float], dict[str, float]]] = {
+    "weight": lambda c: {"weight": c},
+    "gradient and update": lambda c: {"gradient": c, "update": c},
+    "jacobian and loss": lambda c: {"jacobian": c, "loss": c},
+    "weight and gradient": lambda c: {"weight": c, "gradient": c, "update": c},
+}
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-180, 1e150, 1e200])
+@pytest.mark.parametrize("what", FACTORS)
+@pytest.mark.parametrize("name", ["wide", "tall", "groups, wide"])
+def test_scores_at_any_scale(name: str, what: str, scale: float) -> None:
+    """Entries of 1e-200 or 1e200 in W, G, U, K or E give the scores of ordinary ones."""
+    given = CASES[name]
+    ordinary = LayerMatrices(given)
+    extreme = LayerMatrices(rescaled(given, **FACTORS[what](scale)))
+    for relation in RELATIONS.values():
+        for power in powers_of(relation.name):
+            plain, got = (
+                compare(matrices.gram(relation), matrices.prediction(relation, power))
+                for matrices in (ordinary, extreme)
+            )
+            for score in (score for score in SCORES if score != "scale"):
+                one, two = getattr(got, score), getattr(plain, score)
+                assert one == pytest.approx(two, rel=1e-9, abs=1e-10, nan_ok=True), score
+            if relation.has_power:
+                squared = extreme.r_squared(relation, power)
+                assert math.isclose(squared, ordinary.r_squared(relation, power), rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-180, 1e150, 1e200])
+@pytest.mark.parametrize("name", ["wide", "tall", "groups, wide"])
+def test_residuals_at_any_scale(name: str, scale: float) -> None:
+    """W and G in tiny or huge units, and λ with G, leave residual, R² and both scalars alone."""
+    given = CASES[name]
+    ordinary = LayerMatrices(given)
+    small = min(scale, 1e-100) * LAMBDA
+    for other in (
+        rescaled(given, weight=scale, gradient=scale, update=scale),
+        replace(rescaled(given, gradient=small, update=small), weight_decay=LAMBDA * small),
+    ):
+        extreme = LayerMatrices(other)
+        for relation in map(RELATIONS.__getitem__, EQUALITIES):
+            assert math.isclose(
+                extreme.residual(relation), ordinary.residual(relation), rel_tol=1e-9
+            )
+            assert math.isclose(
+                extreme.r_squared(relation), ordinary.r_squared(relation), rel_tol=1e-9
+            )
+            for scalar in ("stationarity", "decay_ratio"):
+                one, two = (getattr(m, scalar)(relation.needs) for m in (extreme, ordinary))
+                assert math.isclose(one, two, rel_tol=1e-9), scalar
+
+
+def test_a_gradient_far_from_balance_has_a_huge_residual() -> None:
+    """G of 1e200 against W of 1: the residual is 1e200-fold, and infinite where that overflows."""
+    given = CASES["wide"]
+    ordinary = dense_prediction(given, "fact", 1.0).norm() / dense_gram(given, "fact").norm()
+    huge = LayerMatrices(rescaled(given, gradient=1e200)).residual(RELATIONS["fact"])
+    assert math.isclose(huge, 1e200 * float(ordinary), rel_tol=1e-9)
+    beyond = LayerMatrices(rescaled(given, gradient=1e200, weight=1e-200))
+    assert math.isinf(beyond.residual(RELATIONS["fact"]))
+    assert math.isinf(beyond.stationarity())
+
+
+def test_dense_matrices_keep_their_scale() -> None:
+    """What is scaled inside comes out in its own units, where floating point has them."""
+    given = rescaled(CASES["wide"], weight=1e-100, jacobian=1e180, gradient=1e-120)
+    matrices = LayerMatrices(given, framed=False)
+    for name, power, factor in (("fact", None, 1e-220), ("nfa", 1.0, 1e-20), ("bnfa", 0.5, 1e90)):
+        expected = dense_prediction(CASES["wide"], name, power or 1.0) * factor
+        got = matrices.prediction(RELATIONS[name], power).dense()
+        assert float((got / factor - expected / factor).norm()) < 1e-9 * float(
+            (expected / factor).norm()
+        )
+    gram = matrices.gram(RELATIONS["fact"]).dense()
+    torch.testing.assert_close(gram * 1e200, dense_gram(CASES["wide"], "fact"))
 
 
 # --------------------------------------------------------------------------- the table

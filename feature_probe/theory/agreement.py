@@ -1,4 +1,4 @@
-"""Scores between a measured Gram matrix and a predicted matrix, and the levels chance reaches.
+"""Scores between a measured Gram matrix and a predicted matrix, and the level chance reaches.
 
 All scores are functions of inner products, traces and sums of :class:`Factored` matrices, taken
 over the entries *inside* the diagonal blocks; a block-diagonal weight's zeros outside its blocks
@@ -10,16 +10,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from feature_probe.theory.factored import Factored
+from feature_probe.theory.levels import ChanceLevel, shared_weight_level
+from feature_probe.theory.ranks import rank_correlation
 
-from feature_probe.theory.factored import Factored, gram_spectrum
+__all__ = ["Agreement", "ChanceLevel", "compare", "shared_weight_level", "undefined"]
 
 _NAN = float("nan")
-#: Most random rotations drawn, and d_out² × rotations, for the control at powers other than 1.
-_MOST_DRAWS, _DRAW_BUDGET = 256, 65536
-#: Width up to which the closed form at s = 1 is not good to 0.01.
-_NARROW = 64
 #: Relative size below which a variance is rounding, not data.
 _DEGENERATE = 1e-13
 
@@ -36,6 +33,11 @@ class Agreement:
             Σ_b (tr A_b tr X_b/d)/(‖A‖‖X‖), closed form.
         scale: c of the best least-squares fit A ≈ c·X.
         reason: Why any of them is NaN, "" if none is.
+        off_diagonal_pearson: Pearson's r over the entries with i ≠ j alone.
+        spearman: Spearman's rank correlation over the entries with i ≤ j, ties sharing their mean
+            rank; of at most about 10⁵ of them, a fixed sample (:mod:`feature_probe.theory.ranks`).
+        chance_spread: Standard deviation of the cosine under that random rotation, closed form; 0
+            where the blocks have one entry, which no rotation changes.
     """
 
     pearson: float
@@ -44,6 +46,9 @@ class Agreement:
     chance_cosine: float
     scale: float
     reason: str = ""
+    off_diagonal_pearson: float = _NAN
+    spearman: float = _NAN
+    chance_spread: float = _NAN
 
 
 def undefined(reason: str) -> Agreement:
@@ -51,43 +56,104 @@ def undefined(reason: str) -> Agreement:
     return Agreement(_NAN, _NAN, _NAN, _NAN, _NAN, reason)
 
 
+@dataclass(frozen=True)
+class _Moments:
+    """Second moments of the entries, their sums, and how many there are."""
+
+    cross: float
+    squares: tuple[float, float]
+    totals: tuple[float, float]
+    count: int
+
+    def pearson(self, sizes: tuple[float, float]) -> float:
+        """(⟨A,X⟩ − ΣA·ΣX/m)/√(…)(…); ``sizes`` are what the second moments were computed from."""
+        (square_a, square_x), (total_a, total_x) = self.squares, self.totals
+        return _ratio(
+            self.cross - total_a * total_x / self.count,
+            (sizes[0], square_a - total_a**2 / self.count),
+            (sizes[1], square_x - total_x**2 / self.count),
+        )
+
+
 def compare(actual: Factored, predicted: Factored) -> Agreement:
     """Scores of ``predicted`` against ``actual``, both ``[groups]`` blocks of side d.
 
+    The factors are scaled by powers of two first, so that neither tiny nor huge entries are lost.
+    Beside inner products of the factors this sorts at most 10⁵ entries of each side.
+
     Returns:
         The scores; NaN with a reason where a side is zero, not finite, constant or 1 × 1.
+
+    Raises:
+        ValueError: if a side is given in a frame and not lifted out of it.
     """
-    size, entries = actual.size, actual.groups * actual.size**2
-    if entries == 1:
+    if actual.groups * actual.size**2 == 1:
         return undefined("a 1 × 1 matrix has nothing to compare")
-    norm_a, norm_x = float(actual.squared_norm()), float(predicted.squared_norm())
-    cross = float(actual.inner(predicted))
-    if not all(map(math.isfinite, (norm_a, norm_x, cross))):
+    (a, exponent_a), (x, exponent_x) = actual.moderated(), predicted.moderated()
+    norms = float(a.squared_norm()), float(x.squared_norm())
+    cross = float(a.inner(x))
+    if not all(map(math.isfinite, (*norms, cross))):
         return undefined("not finite")
-    if norm_a == 0 or norm_x == 0:
-        return undefined("weight is zero" if norm_a == 0 else "predicted matrix is zero")
-    total_a, total_x = float(actual.total()), float(predicted.total())
-    traces_a, traces_x = actual.traces(), predicted.traces()
-    chance = float((traces_a * traces_x).sum()) / size
-    spherical_a = float(traces_a.square().sum()) / size
-    spherical_x = float(traces_x.square().sum()) / size
-    pearson = _ratio(
-        cross - total_a * total_x / entries,
-        (norm_a, norm_a - total_a**2 / entries),
-        (norm_x, norm_x - total_x**2 / entries),
-    )
+    if norms[0] == 0 or norms[1] == 0:
+        return undefined("weight is zero" if norms[0] == 0 else "predicted matrix is zero")
+    entries = _Moments(cross, norms, (float(a.total()), float(x.total())), a.groups * a.size**2)
+    pearson = entries.pearson(norms)
+    off_diagonal = _off_diagonal(a, x, entries)
+    spearman = rank_correlation(a.entry_ranks, x.entry_ranks)
+    traces_a, traces_x = a.traces(), x.traces()
+    chance = float((traces_a * traces_x).sum()) / a.size
     trace_free = _ratio(
-        cross - chance, (norm_a, norm_a - spherical_a), (norm_x, norm_x - spherical_x)
+        cross - chance,
+        (norms[0], norms[0] - float(traces_a.square().sum()) / a.size),
+        (norms[1], norms[1] - float(traces_x.square().sum()) / a.size),
     )
-    product = math.sqrt(norm_a) * math.sqrt(norm_x)
+    product = math.sqrt(norms[0]) * math.sqrt(norms[1])
+    scale = _in_range(cross / norms[1], exponent_a - exponent_x)
     return Agreement(
         pearson=pearson,
         cosine=_clip(cross / product),
         trace_free_cosine=trace_free,
         chance_cosine=chance / product,
-        scale=cross / norm_x,
-        reason=_nan_reason(pearson, trace_free),
+        scale=scale,
+        reason=_nan_reason(pearson, off_diagonal, spearman, trace_free, scale),
+        off_diagonal_pearson=off_diagonal,
+        spearman=spearman,
+        chance_spread=_rotation_spread(a, x) / product,
     )
+
+
+def _off_diagonal(a: Factored, x: Factored, entries: _Moments) -> float:
+    """Pearson's r without the diagonals; NaN where there is nothing beside them."""
+    if a.size == 1:
+        return _NAN
+    on_a, on_x = a.diagonals, x.diagonals
+    (square_a, square_x), (total_a, total_x) = entries.squares, entries.totals
+    rest = _Moments(
+        entries.cross - float((on_a * on_x).sum()),
+        (square_a - float(on_a.square().sum()), square_x - float(on_x.square().sum())),
+        (total_a - float(on_a.sum()), total_x - float(on_x.sum())),
+        a.groups * a.size * (a.size - 1),
+    )
+    return rest.pearson(entries.squares)
+
+
+def _rotation_spread(a: Factored, x: Factored) -> float:
+    """√Var⟨A, UXUᵀ⟩ of a random rotation U of every block.
+
+    With S = sym − (tr/d)I and N the antisymmetric part, which rotations do not mix,
+    Var = Σ_b 2‖S_A‖²‖S_X‖²/((d−1)(d+2)) + 2‖N_A‖²‖N_X‖²/(d(d−1)).
+    """
+    d = a.size
+    if d == 1:
+        return 0.0
+    symmetric, skew = [], []
+    for side in (a, x):
+        spherical = side.traces().square() / d
+        symmetric.append((side.block_norms + side.block_transposes) / 2 - spherical)
+        skew.append((side.block_norms - side.block_transposes) / 2)
+    shape = (symmetric[0].clamp_min(0.0) * symmetric[1].clamp_min(0.0)).sum()
+    turn = (skew[0].clamp_min(0.0) * skew[1].clamp_min(0.0)).sum()
+    return math.sqrt(float(2 * shape / ((d - 1) * (d + 2)) + 2 * turn / (d * (d - 1))))
 
 
 def _ratio(cross: float, a: tuple[float, float], x: tuple[float, float]) -> float:
@@ -101,90 +167,30 @@ def _clip(value: float) -> float:
     return max(-1.0, min(1.0, value))
 
 
-def _nan_reason(pearson: float, trace_free: float) -> str:
+def _in_range(value: float, exponent: int) -> float:
+    """value·2^exponent, NaN where floating point has no such number."""
+    try:
+        result = math.ldexp(value, exponent)
+    except OverflowError:
+        return _NAN
+    return _NAN if result == 0 and value != 0 else result
+
+
+def _nan_reason(
+    pearson: float, off_diagonal: float, spearman: float, trace_free: float, scale: float
+) -> str:
     reasons = []
-    if math.isnan(pearson):
-        reasons.append("Pearson undefined: all entries equal")
+    if math.isnan(pearson) or math.isnan(spearman):
+        names = [
+            name
+            for name, value in (("Pearson", pearson), ("Spearman", spearman))
+            if math.isnan(value)
+        ]
+        reasons.append(f"{' and '.join(names)} undefined: all entries equal")
+    if math.isnan(off_diagonal):
+        reasons.append("off-diagonal Pearson undefined: no two different entries off the diagonal")
     if math.isnan(trace_free):
         reasons.append("trace-free cosine undefined: a multiple of the identity")
+    if math.isnan(scale):
+        reasons.append("scale out of the range of floating point")
     return "; ".join(reasons)
-
-
-def shared_weight_cosine(
-    weight: Tensor,
-    values: Tensor,
-    power: float,
-    tolerance: float,
-    *,
-    seed: int = 0,
-) -> float:
-    """Cosine of WᵀW with (WᵀQKQᵀW)ˢ, Q a random rotation: what K with random eigenvectors gets.
-
-    The control of Beaglehole, Mitliagkas and Agarwala, "Gradient descent induces alignment between
-    weights and the pre-activation tangents": the W that both sides share is kept, only K's
-    eigenvectors are drawn anew. For s = 1 and d_out > 64 a closed form, the ratio of expectations
-    (up to 0.025 low in narrower layers). Otherwise the mean over draws, 256 where d_out ≤ 16 down
-    to 1 from 256 on: the spread of one draw falls with the width, and the mean is good to about
-    0.01.
-
-    Args:
-        weight: W in float64, shape ``[groups, d_out, d_in]``, or in coordinates of its row space.
-        values: Kept eigenvalues of K or E, ``[groups, r]``, 0 where dropped.
-        power: s.
-        tolerance: Relative eigenvalue clamp.
-        seed: Seed of the draws, so that a report can be repeated.
-
-    Returns:
-        The cosine: 1 for a single row, as every K gives WᵀKW ∝ WᵀW; NaN where a side is zero or
-        the blocks have one row each.
-    """
-    groups, width, _ = weight.shape
-    if not (values > 0).any() or (width == 1 and groups > 1):
-        return _NAN
-    if width == 1:
-        return 1.0
-    if power == 1.0 and width > _NARROW:
-        return _closed_form(weight, values)
-    generator = torch.Generator(device=weight.device).manual_seed(seed)
-    draws = max(1, min(_MOST_DRAWS, _DRAW_BUDGET // width**2) // groups)
-    rows = _random_rows(weight, values, draws, generator)
-    spectrum = gram_spectrum(rows.flatten(0, 1), tolerance)
-    roots = spectrum.rows(power).reshape((*rows.shape[:2], -1, weight.shape[2]))
-    cross = (roots @ weight.mT).square().sum((1, 2, 3))
-    norms = spectrum.values.pow(2 * power).sum(-1).reshape(rows.shape[:2]).sum(-1)
-    gram_norm = Factored.gram(weight).thin().squared_norm()
-    return float((cross / (norms * gram_norm).sqrt()).mean())
-
-
-def _random_rows(weight: Tensor, values: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """Λ^{1/2} QᵀW with Q the first r columns of Haar rotations, ``[draws, groups, r, d_in]``.
-
-    Where W has fewer columns than r, QᵀW = P·T with W = U·T and P = QᵀU a random frame of d_in
-    columns, which is the smaller one to draw.
-    """
-    groups, width, columns = weight.shape
-    count = values.shape[1]
-    shape = (draws, groups, width, min(count, columns))
-    normal = torch.randn(shape, generator=generator, dtype=weight.dtype, device=weight.device)
-    frame = torch.linalg.qr(normal).Q  # the signs of its columns cancel in the product
-    if count <= columns:
-        rotated = frame.mT @ weight
-    else:
-        rotated = frame[:, :, :count] @ torch.linalg.qr(weight, mode="r").R
-    rows: Tensor = values.sqrt()[..., None] * rotated
-    return rows
-
-
-def _closed_form(weight: Tensor, values: Tensor) -> float:
-    """ρ ≈ (tr K/k) tr L² / √(tr L² · [a tr L² + b(tr L² + (tr L)²)]), blocks added."""
-    k = weight.shape[1]
-    gram = weight @ weight.mT if k <= weight.shape[2] else weight.mT @ weight
-    trace_l2 = gram.square().sum((-1, -2))
-    trace_l = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    trace_k, trace_k2 = values.sum(-1), values.square().sum(-1)
-    b = (k * trace_k2 - trace_k**2) / (k * (k - 1) * (k + 2))
-    a = (trace_k**2 - 2 * k * b) / k**2
-    cross = (trace_k / k * trace_l2).sum()
-    norm = (a * trace_l2 + b * (trace_l2 + trace_l**2)).sum()
-    product = float((trace_l2.sum() * norm).sqrt())
-    return float(cross) / product if product > 0 else _NAN

@@ -8,10 +8,41 @@ coordinates of that span, where d shrinks too. Nothing here knows modules, layer
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from feature_probe.theory.ranks import Floats, average_ranks, entry_sample, upper_entries
+
+#: Largest entries between 2⁻⁶⁴ and 2⁶⁴ need no scaling: no product or norm of them over- or
+#: underflows.
+_MODERATE = 64
+
+
+def moderate(tensor: Tensor) -> tuple[Tensor, int]:
+    """(Y, e) with tensor = 2ᵉ·Y exactly and Y's largest entry moderate; e = 0 if it is already."""
+    largest = _largest(tensor) if tensor.numel() else 0.0
+    exponent = math.frexp(largest)[1] if math.isfinite(largest) else 0
+    if abs(exponent) <= _MODERATE:
+        return tensor, 0
+    return scaled(tensor, -exponent), exponent
+
+
+def _largest(tensor: Tensor) -> float:
+    low, high = torch.aminmax(tensor.detach())
+    return max(-float(low), float(high))
+
+
+def scaled(tensor: Tensor, exponent: int) -> Tensor:
+    """tensor·2^exponent, exact unless the result leaves the range of its dtype."""
+    left = max(-4000, min(4000, exponent))
+    while left:
+        step = max(-1000, min(1000, left))
+        tensor, left = tensor * 2.0**step, left - step
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -49,25 +80,46 @@ def framed_rows(rows: Tensor) -> tuple[Tensor, Frame]:
 
 
 @dataclass(frozen=True)
+class Lift:
+    """Σ_r w_r n_r n_rᵀ in ℝᵈ: what a matrix that is held in a frame looks like outside it.
+
+    Attributes:
+        rows: n, shape ``[groups, r, d]``, shared by the powers of one matrix.
+        weights: w, shape ``[groups, r]``, or None for ones.
+    """
+
+    rows: Tensor
+    weights: Tensor | None = None
+
+    def weighted(self) -> Tensor:
+        """The rows w_r n_r."""
+        return self.rows if self.weights is None else self.weights[..., None] * self.rows
+
+
+@dataclass(frozen=True)
 class Factored:
-    """The block-diagonal matrix with blocks X_b = L_bᵀ R_b.
+    """The block-diagonal matrix with blocks X_b = 2ᵉ L_bᵀ R_b.
 
     Attributes:
         left: L, shape ``[groups, k, d]``, or ``[groups, k, m]`` in a frame.
         right: R, the same shape. X need be neither symmetric nor positive semi-definite.
         frame: The coordinates that the factors are given in; None for ℝᵈ itself.
         left_gram: LLᵀ ``[groups, k, k]`` where it is known already.
+        exponent: e, so that X itself may be out of the range of floating point.
+        lift: LᵀR in ℝᵈ where the factors are given in a frame and single entries are wanted.
     """
 
     left: Tensor
     right: Tensor
     frame: Frame | None = None
     left_gram: Tensor | None = None
+    exponent: int = 0
+    lift: Lift | None = None
 
     @staticmethod
-    def gram(rows: Tensor, frame: Frame | None = None) -> Factored:
-        """RᵀR of ``rows`` R, shape ``[groups, k, d]``."""
-        return Factored(rows, rows, frame)
+    def gram(rows: Tensor, frame: Frame | None = None, exponent: int = 0) -> Factored:
+        """2ᵉRᵀR of ``rows`` R, shape ``[groups, k, d]``."""
+        return Factored(rows, rows, frame, exponent=exponent)
 
     @property
     def groups(self) -> int:
@@ -90,7 +142,22 @@ class Factored:
         if self.left.shape[1] <= width:
             return self
         identity = torch.eye(width, dtype=self.left.dtype, device=self.left.device)
-        return Factored(identity.expand(self.groups, -1, -1), self.left.mT @ self.right, self.frame)
+        identity = identity.expand(self.groups, -1, -1)
+        return replace(self, left=identity, right=self.left.mT @ self.right, left_gram=None)
+
+    def moderated(self) -> tuple[Factored, int]:
+        """(Y, e) with X = 2ᵉ·Y exactly and factors of moderate size, so that no score overflows."""
+        left, left_exponent = moderate(self.left)
+        right, right_exponent = (left, left_exponent) if self.is_gram else moderate(self.right)
+        taken = left_exponent + right_exponent
+        if not taken and not self.exponent and left is self.left and right is self.right:
+            return self, 0
+        gram = None if left_exponent else self.left_gram
+        lift = self.lift
+        if lift is not None and taken:
+            lift = Lift(lift.rows, scaled(_weights(lift), -taken))
+        whole = replace(self, left=left, right=right, left_gram=gram, exponent=0, lift=lift)
+        return whole, taken + self.exponent
 
     def dense(self) -> Tensor:
         """X itself, shape ``[groups, d, d]``: memory quadratic in d.
@@ -100,153 +167,93 @@ class Factored:
         """
         if self.frame is not None:
             raise ValueError("a matrix in a frame has no dense form")
-        return self.left.mT @ self.right
+        return scaled(self.left.mT @ self.right, self.exponent)
 
     def inner(self, other: Factored) -> Tensor:
         """⟨X, Y⟩ = Σ X_ij Y_ij over the blocks, a scalar tensor."""
+        return self.block_inners(other).sum()
+
+    def block_inners(self, other: Factored) -> Tensor:
+        """⟨X_b, Y_b⟩ of every block, shape ``[groups]``."""
         if self.left is other.left and self.left_gram is not None:
             lefts = self.left_gram
         else:
             lefts = self.left @ other.left.mT
         if self.is_gram and other.is_gram:
-            return lefts.square().sum()
-        return (lefts * (self.right @ other.right.mT)).sum()
+            inners = lefts.square().sum((1, 2))
+        elif self.is_gram and self.left is other.left:
+            inners = (lefts * other.crossed).sum((1, 2))
+        else:
+            inners = (lefts * (self.right @ other.right.mT)).sum((1, 2))
+        return scaled(inners, self.exponent + other.exponent)
+
+    @cached_property
+    def crossed(self) -> Tensor:
+        """LRᵀ, shape ``[groups, k, k]``."""
+        return self.left @ self.right.mT
+
+    @cached_property
+    def block_norms(self) -> Tensor:
+        """‖X_b‖_F² of every block, shape ``[groups]``, never negative."""
+        return self.block_inners(self).clamp_min(0.0)
+
+    @cached_property
+    def block_transposes(self) -> Tensor:
+        """⟨X_b, X_bᵀ⟩ of every block, shape ``[groups]``: ‖X_b‖_F² where X is symmetric."""
+        if self.is_gram:
+            return self.block_norms
+        return scaled((self.crossed * self.crossed.mT).sum((1, 2)), 2 * self.exponent)
 
     def squared_norm(self) -> Tensor:
         """‖X‖_F², a scalar tensor, never negative."""
-        return self.inner(self).clamp_min(0.0)
+        return self.block_norms.sum()
 
     def traces(self) -> Tensor:
         """The trace of every block, shape ``[groups]``."""
-        return (self.left * self.right).sum((1, 2))
+        return scaled((self.left * self.right).sum((1, 2)), self.exponent)
 
     def total(self) -> Tensor:
         """Sum of all entries inside the blocks, a scalar tensor."""
+        ones = None if self.frame is None else self.frame.ones[..., None]
+        left = self.left.sum(-1) if ones is None else (self.left @ ones)[..., 0]
+        right = self.right.sum(-1) if ones is None else (self.right @ ones)[..., 0]
+        return scaled((left * right).sum(), self.exponent)
+
+    @cached_property
+    def diagonals(self) -> Tensor:
+        """The diagonal of every block, shape ``[groups, d]``.
+
+        Raises:
+            ValueError: if X is given in a frame and not lifted out of it.
+        """
+        left, right = self._outside()
+        return scaled((left * right).sum(1), self.exponent)
+
+    @cached_property
+    def entry_ranks(self) -> Floats:
+        """Ranks of the entries of :func:`~feature_probe.theory.ranks.entry_sample`.
+
+        Raises:
+            ValueError: if X is given in a frame and not lifted out of it.
+        """
+        sample = entry_sample(self.groups, self.size)
+        left, right = self._outside()
+        if len(sample.blocks) < self.groups:
+            blocks = torch.from_numpy(sample.blocks).to(left.device)
+            left, right = left[blocks], right[blocks]
+        if len(sample.columns) < self.size:
+            columns = torch.from_numpy(sample.columns).to(left.device)
+            left, right = left[..., columns], right[..., columns]
+        return average_ranks(upper_entries((left.mT @ right).cpu().numpy()))
+
+    def _outside(self) -> tuple[Tensor, Tensor]:
+        """Factors in ℝᵈ."""
         if self.frame is None:
-            return (self.left.sum(-1) * self.right.sum(-1)).sum()
-        ones = self.frame.ones[..., None]
-        return ((self.left @ ones) * (self.right @ ones)).sum()
+            return self.left, self.right
+        if self.lift is None:
+            raise ValueError("a matrix in a frame has no single entries unless it is lifted")
+        return self.lift.weighted(), self.lift.rows
 
 
-@dataclass(frozen=True)
-class Spectrum:
-    """Eigenpairs of a block-diagonal PSD matrix after the clamp, largest first.
-
-    Attributes:
-        values: Kept eigenvalues, shape ``[groups, r]``; dropped ones are exactly 0.
-        vectors: Orthonormal eigenvectors as rows, shape ``[groups, r, d]``; 0 where dropped.
-    """
-
-    values: Tensor
-    vectors: Tensor
-
-    @property
-    def kept(self) -> int:
-        """Number of eigenvalues above the clamp, over all blocks."""
-        return int((self.values > 0).sum())
-
-    def power(self, exponent: float, frame: Frame | None = None) -> Factored:
-        """Xˢ for s > 0, with the pseudo-inverse convention: dropped eigenvalues stay 0."""
-        return Factored.gram(self.rows(exponent), frame)
-
-    def rows(self, exponent: float) -> Tensor:
-        """M with Xˢ = MᵀM, shape ``[groups, r, d]``."""
-        return self.values.pow(exponent / 2)[..., None] * self.vectors
-
-
-def symmetric_spectrum(matrix: Tensor, tolerance: float) -> Spectrum:
-    """Eigendecomposition of a PSD matrix ``[groups, d, d]`` with a relative clamp.
-
-    Eigenvalues at or below ``tolerance`` times the largest of their block are dropped (set to 0,
-    not floored): below the precision of the sums they are noise that a power s < 1 would amplify.
-
-    Args:
-        matrix: Symmetric, shape ``[groups, d, d]``; only its symmetric part is used.
-        tolerance: Relative clamp τ.
-
-    Returns:
-        The spectrum, cut to the largest number of eigenvalues kept in any block.
-
-    Raises:
-        torch.linalg.LinAlgError: if the eigenproblem does not converge.
-    """
-    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
-    values, rows = values.flip(-1), vectors.flip(-1).mT
-    return _clamped(values, rows, tolerance)
-
-
-def symmetric_values(matrix: Tensor, tolerance: float) -> Tensor:
-    """The eigenvalues of :func:`symmetric_spectrum` alone, at about a quarter of its cost.
-
-    Raises:
-        torch.linalg.LinAlgError: if the eigenproblem does not converge.
-    """
-    values = torch.linalg.eigvalsh((matrix + matrix.mT) / 2).flip(-1)
-    keep = _kept(values, tolerance)
-    return torch.where(keep, values, 0.0)[:, : _most(keep)]
-
-
-def gram_spectrum(rows: Tensor, tolerance: float) -> Spectrum:
-    """Eigendecomposition of BᵀB from its rows B ``[groups, r, d]``, on the smaller side.
-
-    Raises:
-        torch.linalg.LinAlgError: if the eigenproblem does not converge.
-    """
-    if rows.shape[1] > rows.shape[2]:
-        return symmetric_spectrum(rows.mT @ rows, tolerance)
-    small = symmetric_spectrum(rows @ rows.mT, tolerance)
-    scale = torch.where(small.values > 0, small.values.rsqrt(), 0.0)
-    return Spectrum(small.values, scale[..., None] * (small.vectors @ rows))
-
-
-def _clamped(values: Tensor, rows: Tensor, tolerance: float) -> Spectrum:
-    keep = _kept(values, tolerance)
-    count = _most(keep)
-    keep = keep[:, :count]
-    return Spectrum(
-        torch.where(keep, values[:, :count], 0.0),
-        torch.where(keep[..., None], rows[:, :count], 0.0),
-    )
-
-
-def _kept(values: Tensor, tolerance: float) -> Tensor:
-    return (values > tolerance * values[:, :1].clamp_min(0.0)) & (values > 0)
-
-
-def _most(keep: Tensor) -> int:
-    """The largest number of eigenvalues kept in any block, at least one."""
-    return max(int(keep.sum(-1).max()), 1) if keep.numel() else 0
-
-
-@dataclass(frozen=True)
-class PolarRoot:
-    """√(XXᵀ) of X = LᵀR, in the orthonormal basis Q of the columns of Lᵀ = Q·R₁.
-
-    Attributes:
-        root: The small symmetric matrix S with √(XXᵀ) = Q S Qᵀ, shape ``[groups, m, m]``.
-        triangle: R₁, shape ``[groups, m, k]``, so that LᵀL = Q (R₁R₁ᵀ) Qᵀ in the same basis.
-        rows: T with √(XXᵀ) = TᵀT, shape ``[groups, m, d]``.
-    """
-
-    root: Tensor
-    triangle: Tensor
-    rows: Tensor
-
-
-def polar_root(left: Tensor, right: Tensor) -> PolarRoot:
-    """√(XXᵀ) of X = LᵀR without forming XXᵀ, whose spectrum would be squared.
-
-    With Lᵀ = Q₁R₁, Rᵀ = Q₂R₂ and the SVD R₁R₂ᵀ = U S Vᵀ, √(XXᵀ) = Q₁ U S Uᵀ Q₁ᵀ.
-
-    Args:
-        left: L, shape ``[groups, k, d]``, or in a frame; the result is in the same coordinates.
-        right: R, shape ``[groups, k, d]``, in any orthonormal coordinates: they drop out.
-
-    Raises:
-        torch.linalg.LinAlgError: if the SVD does not converge.
-    """
-    basis, left_triangle = torch.linalg.qr(left.mT)
-    right_triangle = torch.linalg.qr(right.mT, mode="r").R
-    u, s, _ = torch.linalg.svd(left_triangle @ right_triangle.mT, full_matrices=False)
-    half = u * s.sqrt()[:, None, :]
-    return PolarRoot(half @ half.mT, left_triangle, (basis @ half).mT)
+def _weights(lift: Lift) -> Tensor:
+    return lift.rows.new_ones(lift.rows.shape[:2]) if lift.weights is None else lift.weights

@@ -9,39 +9,29 @@ code name             paper                       shape
 ``gradient`` (G)      ∂L/∂W, no decay             ``[groups, d_out, d_in]``
 ``jacobian`` (K)      (1/n) Σ_i Σ_p J_ipᵀJ_ip     ``[groups, d_out, d_out]``
 ``loss`` (E)          (1/n) Σ_i Σ_p g_ip g_ipᵀ    ``[groups, d_out, d_out]``
+``update`` (U)        (W₊ − (1 − ηλ)W)/(−η)       ``[groups, d_out, d_in]``
 ``weight_decay`` (λ)  λ                           number
 ====================  ==========================  ==========================================
 
 with z = W h the pre-activation without bias, J = ∂f/∂z, g = ∂ℓ/∂z, p the position (pixel, token,
 call). Then FACT = −WᵀG/λ, AGOP = WᵀKW, eNFA = WᵀEW on the input side, bFACT = −WGᵀ/λ, bAGOP = K,
-beNFA = E on the output side. Nothing here sees a Module.
+beNFA = E on the output side. Under decoupled weight decay (AdamW, Lion, Muon), W₊ = (1 − ηλ)W − ηU,
+rest means U = −λW, and the optimizer's update U takes the place of G. Nothing here sees a Module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from feature_probe.errors import ConfigurationError
-from feature_probe.theory.factored import (
-    Factored,
-    Frame,
-    PolarRoot,
-    Spectrum,
-    framed_rows,
-    gram_spectrum,
-    polar_root,
-    symmetric_spectrum,
-    symmetric_values,
-)
 
 Side = Literal["forward", "backward"]
-Sum = Literal["gradient", "jacobian", "loss"]
+Sum = Literal["gradient", "update", "jacobian", "loss"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +46,7 @@ class Relation:
         has_power: Whether the predicted matrix is raised to a power s.
         symbol: How the relation is written in tables.
         equation: The prediction in the paper's symbols.
-        source: Place in the FACT paper, arXiv:2507.05644.
+        source: Place in the FACT paper, arXiv:2507.05644, or what takes its argument further.
     """
 
     name: str
@@ -87,6 +77,10 @@ RELATIONS: Mapping[str, Relation] = _table(
              "WWᵀ = −(1/λn) Σ (W h_i)(∇_{Wh} ℓ_i)ᵀ = −WGᵀ/λ", "Thm B.1"),
     Relation("bfact_sym", "backward", "gradient", True, False, "√(bFACT·bFACTᵀ)",
              "WWᵀ = √(bFACT·bFACTᵀ)", "App. B"),
+    Relation("update_fact", "forward", "update", True, False, "update FACT",
+             "WᵀW = −WᵀU/λ, W₊ = (1 − ηλ)W − ηU", "Thm 3.1 with the update for the gradient"),
+    Relation("update_bfact", "backward", "update", True, False, "update bFACT",
+             "WWᵀ = −WUᵀ/λ, W₊ = (1 − ηλ)W − ηU", "Thm B.1 with the update for the gradient"),
     Relation("nfa", "forward", "jacobian", False, True, "NFA",
              "WᵀW ∝ AGOPˢ, AGOP = (1/n) Σ (∇_h f_i)(∇_h f_i)ᵀ = WᵀKW", "§2"),
     Relation("enfa", "forward", "loss", False, True, "eNFA",
@@ -147,6 +141,7 @@ class LayerStatistics:
         weight_decay: λ ≥ 0, or None where it is not known.
         tolerance: Relative eigenvalue clamp τ = 10·eps of the sums' dtype.
         missing: Why a sum is None, by the sum's name.
+        update: U, the mean update of the window under decoupled decay, or None.
     """
 
     weight: Tensor
@@ -156,180 +151,18 @@ class LayerStatistics:
     weight_decay: float | None
     tolerance: float
     missing: Mapping[Sum, str] = field(default_factory=dict)
+    update: Tensor | None = None
 
     def sum(self, needs: Sum) -> Tensor | None:
         """One of the sums by name, or None."""
-        return {"gradient": self.gradient, "jacobian": self.jacobian, "loss": self.loss}[needs]
+        return {
+            "gradient": self.gradient,
+            "update": self.update,
+            "jacobian": self.jacobian,
+            "loss": self.loss,
+        }[needs]
 
 
 def clamp_tolerance(sum_dtype: torch.dtype) -> float:
     """τ = 10·eps of the dtype the sums were held in, whatever the algebra runs in."""
     return 10 * torch.finfo(sum_dtype).eps
-
-
-class LayerMatrices:
-    """The matrices of one layer in float64, each computed once and shared by powers and scores.
-
-    Args:
-        statistics: The layer's weight and sums.
-        framed: Whether matrices in the row space of W are held in coordinates of that space where
-            it is smaller than ℝᵈ. The scores are the same; dense forms are not to be had then.
-    """
-
-    def __init__(self, statistics: LayerStatistics, *, framed: bool = True) -> None:
-        self.weight_decay = statistics.weight_decay
-        self._given = statistics
-        self._framed = framed
-        self._spectra: dict[tuple[Side, Sum], Spectrum] = {}
-        self._values: dict[Sum, Tensor] = {}
-        self._roots: dict[Side, PolarRoot] = {}
-        self._grams: dict[tuple[Side, bool], Factored] = {}
-
-    @cached_property
-    def weight(self) -> Tensor:
-        """W in float64, shape ``[groups, d_out, d_in]``."""
-        return to_algebra(self._given.weight)
-
-    @cached_property
-    def gradient(self) -> Tensor:
-        """G in float64."""
-        return to_algebra(_present(self._given.gradient))
-
-    def curvature(self, needs: Sum) -> Tensor:
-        """K or E in float64, shape ``[groups, d_out, d_out]``."""
-        return to_algebra(_present(self._given.sum(needs)))
-
-    @cached_property
-    def input_rows(self) -> tuple[Tensor, Frame | None]:
-        """W, or rows with the same Gram matrix in coordinates of W's row space, and those."""
-        if self._framed and self.weight.shape[1] < self.weight.shape[2]:
-            return framed_rows(self.weight)
-        return self.weight, None
-
-    def gram(self, relation: Relation) -> Factored:
-        """WᵀW (forward) or WWᵀ (backward), in the coordinates of the relation's prediction."""
-        if relation.side == "forward" and not _is_plain_fact(relation):
-            rows, frame = self.input_rows
-            return self._gram("forward", rows, frame)
-        return self._gram(relation.side, self._side_rows(relation.side), None)
-
-    def prediction(self, relation: Relation, power: float | None) -> Factored:
-        """The matrix that ``relation`` says the Gram matrix equals or is proportional to.
-
-        With λ = 0 or unknown FACT stands for −WᵀG, whose direction is still defined.
-
-        Raises:
-            torch.linalg.LinAlgError: if an eigenproblem or SVD does not converge.
-        """
-        if _is_plain_fact(relation):
-            scaled = -self.gradient / (self.weight_decay or 1.0)
-            return self._with_gradient(relation.side, scaled)
-        frame = self.input_rows[1] if relation.side == "forward" else None
-        if relation.is_equality:
-            return Factored.gram(self._root(relation.side).rows, frame)
-        return self.spectrum(relation).power(1.0 if power is None else power, frame)
-
-    def residual(self, relation: Relation) -> float:
-        """‖prediction − gram‖_F / ‖gram‖_F with the true λ; NaN unless an equality with λ > 0.
-
-        Never formed as ⟨A,A⟩ − 2⟨A,B⟩ + ⟨B,B⟩, whose floor is about 1e-8: for FACT
-        the difference is Wᵀ(W + G/λ); for the symmetrised forms both sides are small matrices in
-        one orthonormal basis.
-        """
-        if not relation.is_equality or not self.weight_decay:
-            return float("nan")
-        if _is_plain_fact(relation):
-            gap = self._with_gradient(
-                relation.side, self.weight + self.gradient / self.weight_decay
-            )
-            return float((gap.squared_norm() / self.gram(relation).squared_norm()).sqrt())
-        root = self._root(relation.side)
-        gram = root.triangle @ root.triangle.mT
-        return float(torch.linalg.vector_norm(root.root - gram) / torch.linalg.vector_norm(gram))
-
-    def stationarity(self) -> float:
-        """‖λW + G‖_F / ‖λW‖_F: 0 at a stationary point of the decayed loss; NaN if λ = 0."""
-        if not self.weight_decay or self._given.gradient is None:
-            return float("nan")
-        gap = self.weight + self.gradient / self.weight_decay
-        return float(gap.norm() / self.weight.norm())
-
-    def decay_ratio(self) -> float:
-        """λ̂/λ = −⟨W, G⟩/(λ‖W‖²) = tr FACT / tr WᵀW: 1 where decay is balanced; NaN if λ = 0."""
-        if not self.weight_decay or self._given.gradient is None:
-            return float("nan")
-        alignment = -(self.weight * self.gradient).sum()
-        return float(alignment / (self.weight_decay * self.weight.square().sum()))
-
-    def spectrum(self, relation: Relation) -> Spectrum:
-        """Clamped eigenpairs of AGOP or eNFA (forward), K or E (backward), shared by all powers."""
-        key = (relation.side, relation.needs)
-        if relation.side == "backward":
-            return self.curvature_spectrum(relation.needs)
-        if key not in self._spectra:
-            self._spectra[key] = self._input_spectrum(relation.needs)
-        return self._spectra[key]
-
-    def _input_spectrum(self, needs: Sum) -> Spectrum:
-        weight, tolerance = self.input_rows[0], self._given.tolerance
-        if weight.shape[1] > weight.shape[2]:  # more rows than columns: WᵀKW is the smaller problem
-            return symmetric_spectrum(weight.mT @ self.curvature(needs) @ weight, tolerance)
-        return gram_spectrum(self.curvature_spectrum(needs).rows(1.0) @ weight, tolerance)
-
-    def curvature_spectrum(self, needs: Sum) -> Spectrum:
-        """Clamped eigenpairs of K or E."""
-        key: tuple[Side, Sum] = ("backward", needs)
-        if key not in self._spectra:
-            self._spectra[key] = symmetric_spectrum(self.curvature(needs), self._given.tolerance)
-        return self._spectra[key]
-
-    def curvature_values(self, needs: Sum) -> Tensor:
-        """Clamped eigenvalues of K or E, largest first, ``[groups, r]``."""
-        if ("backward", needs) in self._spectra:
-            return self._spectra["backward", needs].values
-        if needs not in self._values:
-            self._values[needs] = symmetric_values(self.curvature(needs), self._given.tolerance)
-        return self._values[needs]
-
-    def _gram(self, side: Side, rows: Tensor, frame: Frame | None) -> Factored:
-        key = (side, frame is None)
-        if key not in self._grams:
-            thin = Factored.gram(rows, frame).thin()
-            self._grams[key] = replace(thin, left_gram=thin.left @ thin.left.mT)
-        return self._grams[key]
-
-    def _side_rows(self, side: Side) -> Tensor:
-        """Rows whose Gram matrix is the measured side: W for WᵀW, Wᵀ for WWᵀ."""
-        return self.weight if side == "forward" else self.weight.mT
-
-    def _with_gradient(self, side: Side, matrix: Tensor) -> Factored:
-        """WᵀM (forward) or W Mᵀ (backward) for a matrix M of the weight's shape."""
-        rows = self._side_rows(side)
-        product = Factored(rows, matrix if side == "forward" else matrix.mT)
-        if rows.shape[1] > rows.shape[2]:
-            return product.thin()
-        return replace(product, left_gram=self._gram(side, rows, None).left_gram)
-
-    def _root(self, side: Side) -> PolarRoot:
-        if side not in self._roots:
-            rows = self.input_rows[0] if side == "forward" else self.weight.mT
-            scaled = self.gradient / (self.weight_decay or 1.0)
-            self._roots[side] = polar_root(rows, scaled if side == "forward" else scaled.mT)
-        return self._roots[side]
-
-
-def _is_plain_fact(relation: Relation) -> bool:
-    """Whether the prediction is FACT or bFACT itself, which W's row space does not hold."""
-    return relation.name in ("fact", "bfact")
-
-
-def to_algebra(tensor: Tensor) -> Tensor:
-    """``tensor`` in float64, on its device, or on the CPU where the device has no float64."""
-    device = torch.device("cpu") if tensor.device.type == "mps" else tensor.device
-    return tensor.detach().to(device=device, dtype=torch.float64)
-
-
-def _present(tensor: Tensor | None) -> Tensor:
-    if tensor is None:
-        raise ValueError("this sum was not measured for the layer")
-    return tensor

@@ -1,0 +1,298 @@
+"""One layer's matrices: what each relation predicts from W and its sums, in float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from feature_probe.theory.factored import Factored, Frame, Lift, framed_rows, moderate, scaled
+from feature_probe.theory.relations import LayerStatistics, Relation, Side, Sum
+from feature_probe.theory.spectra import (
+    PolarRoot,
+    Spectrum,
+    gram_spectrum,
+    polar_root,
+    symmetric_spectrum,
+    symmetric_values,
+)
+
+
+class LayerMatrices:
+    """The matrices of one layer in float64, each computed once and shared by powers and scores.
+
+    W, the sums and λ are scaled by powers of two where their entries are beyond 2^±64, so that no
+    product of them leaves the range of floating point; every :class:`Factored` says by which.
+
+    Args:
+        statistics: The layer's weight and sums.
+        framed: Whether matrices in the row space of W are held in coordinates of that space where
+            it is smaller than ℝᵈ. The scores are the same; dense forms are not to be had then.
+    """
+
+    def __init__(self, statistics: LayerStatistics, *, framed: bool = True) -> None:
+        self.weight_decay = statistics.weight_decay
+        self._given = statistics
+        self._framed = framed
+        self._spectra: dict[tuple[Side, Sum], Spectrum] = {}
+        self._values: dict[Sum, Tensor] = {}
+        self._slopes: dict[Sum, tuple[Tensor, int]] = {}
+        self._curvatures: dict[Sum, tuple[Tensor, int]] = {}
+        self._lifted: dict[Sum, Tensor] = {}
+        self._roots: dict[Side, PolarRoot] = {}
+        self._grams: dict[tuple[Side, bool], Factored] = {}
+
+    @cached_property
+    def _scaled_weight(self) -> tuple[Tensor, int]:
+        return moderate(to_algebra(self._given.weight))
+
+    @property
+    def weight(self) -> Tensor:
+        """W in float64, shape ``[groups, d_out, d_in]``, up to a power of two if out of range."""
+        return self._scaled_weight[0]
+
+    def slope(self, needs: Sum) -> tuple[Tensor, int]:
+        """(S, e) with 2ᵉS = G/λ or U/λ (λ = 1 where it is 0 or unknown): −W at rest.
+
+        S is in float64, shape ``[groups, d_out, d_in]``.
+        """
+        if needs not in self._slopes:
+            slope, exponent = moderate(to_algebra(_present(self._given.sum(needs))))
+            fraction, binary = math.frexp(self.weight_decay or 1.0)
+            self._slopes[needs] = slope / (2 * fraction), exponent + 1 - binary
+        return self._slopes[needs]
+
+    def curvature(self, needs: Sum) -> Tensor:
+        """K or E in float64, ``[groups, d_out, d_out]``, up to a power of two if out of range."""
+        return self._scaled_curvature(needs)[0]
+
+    def _scaled_curvature(self, needs: Sum) -> tuple[Tensor, int]:
+        if needs not in self._curvatures:
+            self._curvatures[needs] = moderate(to_algebra(_present(self._given.sum(needs))))
+        return self._curvatures[needs]
+
+    @cached_property
+    def input_rows(self) -> tuple[Tensor, Frame | None]:
+        """W, or rows with the same Gram matrix in coordinates of W's row space, and those."""
+        if self._framed and self.weight.shape[1] < self.weight.shape[2]:
+            return framed_rows(self.weight)
+        return self.weight, None
+
+    def gram(self, relation: Relation) -> Factored:
+        """WᵀW (forward) or WWᵀ (backward), in the coordinates of the relation's prediction."""
+        if relation.side == "forward" and not _is_plain_fact(relation):
+            rows, frame = self.input_rows
+            return self._gram("forward", rows, frame)
+        return self._gram(relation.side, self._side_rows(relation.side), None)
+
+    def prediction(self, relation: Relation, power: float | None) -> Factored:
+        """The matrix that ``relation`` says the Gram matrix equals or is proportional to.
+
+        With λ = 0 or unknown FACT stands for −WᵀG, whose direction is still defined.
+
+        Raises:
+            torch.linalg.LinAlgError: if an eigenproblem or SVD does not converge.
+        """
+        if relation.has_power:
+            return self._power(relation, 1.0 if power is None else power)
+        slope, exponent = self.slope(relation.needs)
+        exponent += self._scaled_weight[1]
+        if _is_plain_fact(relation):
+            return replace(self._with_gradient(relation.side, -slope), exponent=exponent)
+        root = self._root(relation.side)
+        frame = self.input_rows[1] if relation.side == "forward" else None
+        lift = None if frame is None else Lift(root.mixing @ self.weight)
+        return Factored(root.rows, root.rows, frame, exponent=exponent, lift=lift)
+
+    def residual(self, relation: Relation) -> float:
+        """‖prediction − gram‖_F / ‖gram‖_F with the true λ; NaN unless an equality with λ > 0.
+
+        Never formed as ⟨A,A⟩ − 2⟨A,B⟩ + ⟨B,B⟩, whose floor is about 1e-8: for FACT
+        the difference is Wᵀ(W + G/λ); for the symmetrised forms both sides are small matrices in
+        one orthonormal basis.
+        """
+        if not relation.is_equality or not self.weight_decay:
+            return float("nan")
+        if _is_plain_fact(relation):
+            gap, exponent = self._gap(relation.needs)
+            difference = self._with_gradient(relation.side, gap).squared_norm()
+            gram = replace(self.gram(relation), exponent=0).squared_norm()
+            return _times_power_of_two(float((difference / gram).sqrt()), exponent)
+        root = self._root(relation.side)
+        small = root.triangle @ root.triangle.mT
+        difference, exponent = _added(
+            (root.root, self.slope(relation.needs)[1]), (-small, self._scaled_weight[1])
+        )
+        ratio = torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(small)
+        return _times_power_of_two(float(ratio), exponent - self._scaled_weight[1])
+
+    def r_squared(self, relation: Relation, power: float | None = None) -> float:
+        """Share of the Gram matrix N that the prediction X explains.
+
+        For an equality 1 − ‖X − N‖²/‖N − mean(N)‖² over the entries inside the blocks, with the
+        true λ: 1 at equality, below 0 where the mean is the better prediction. For a
+        proportionality the squared cosine, 1 − min_c ‖N − c·X‖²/‖N‖².
+
+        Returns:
+            R²; NaN for an equality without known λ > 0, for constant N, and where a side is zero.
+        """
+        if relation.has_power:
+            values, quotients, norm = self.power_inputs(relation)
+            if norm == 0 or not values.numel():
+                return float("nan")
+            raised = (values / values.max()).pow(1.0 if power is None else power)
+            cosine = float((raised * quotients).sum() / (raised.norm() * norm))
+            return min(1.0, cosine**2)
+        gram = replace(self.gram(relation), exponent=0)
+        entries, square = gram.groups * gram.size**2, float(gram.squared_norm())
+        variance = square - float(gram.total()) ** 2 / entries
+        if variance <= 1e-13 * square:
+            return float("nan")
+        return 1 - self.residual(relation) ** 2 * (square / variance)
+
+    def power_inputs(self, relation: Relation) -> tuple[Tensor, Tensor, float]:
+        """What the cosine of the Gram matrix N with AGOPˢ, eNFAˢ, Kˢ or Eˢ is made of, at any s.
+
+        cos = Σ_j a_jˢ q_j/(‖N‖ √Σ_j a_j^{2s}): a the kept eigenvalues, v_j their eigenvectors,
+        q_j = v_jᵀNv_j, all blocks in one vector each. Where entries of W or K are beyond 2^±64, a
+        and (q, ‖N‖) are each given up to a factor, which the cosine does not see.
+
+        Returns:
+            (a, q, ‖N‖_F), a and q of shape ``[kept]``.
+        """
+        spectrum, rows = self.spectrum(relation), self.input_rows[0]
+        if relation.side == "forward":
+            quotients = (spectrum.vectors @ rows.mT).square().sum(-1)
+        else:
+            quotients = (spectrum.vectors @ rows).square().sum(-1)
+        kept = spectrum.values > 0
+        norm = replace(self.gram(relation), exponent=0).squared_norm().sqrt()
+        return spectrum.values[kept], quotients[kept], float(norm)
+
+    def stationarity(self, needs: Sum = "gradient") -> float:
+        """‖λW + G‖_F / ‖λW‖_F, or U for G: 0 at rest; NaN if λ = 0 or it was not measured."""
+        if not self.weight_decay or self._given.sum(needs) is None:
+            return float("nan")
+        gap, exponent = self._gap(needs)
+        return _times_power_of_two(float(gap.norm() / self.weight.norm()), exponent)
+
+    def decay_ratio(self, needs: Sum = "gradient") -> float:
+        """λ̂/λ = −⟨W, G⟩/(λ‖W‖²) = tr FACT / tr WᵀW, or U for G; NaN if λ = 0."""
+        if not self.weight_decay or self._given.sum(needs) is None:
+            return float("nan")
+        slope, exponent = self.slope(needs)
+        ratio = -(self.weight * slope).sum() / self.weight.square().sum()
+        return _times_power_of_two(float(ratio), exponent - self._scaled_weight[1])
+
+    def spectrum(self, relation: Relation) -> Spectrum:
+        """Clamped eigenpairs of AGOP or eNFA (forward), K or E (backward), shared by all powers.
+
+        The eigenvalues are those of the scaled matrices.
+        """
+        key = (relation.side, relation.needs)
+        if relation.side == "backward":
+            return self.curvature_spectrum(relation.needs)
+        if key not in self._spectra:
+            self._spectra[key] = self._input_spectrum(relation.needs)
+        return self._spectra[key]
+
+    def _input_spectrum(self, needs: Sum) -> Spectrum:
+        (weight, frame), tolerance = self.input_rows, self._given.tolerance
+        if weight.shape[1] > weight.shape[2]:  # more rows than columns: WᵀKW is the smaller problem
+            return symmetric_spectrum(weight.mT @ self.curvature(needs) @ weight, tolerance)
+        root = self.curvature_spectrum(needs).rows(1.0)
+        spectrum = gram_spectrum(root @ weight, tolerance)
+        if frame is not None and spectrum.mixing is not None:
+            self._lifted[needs] = spectrum.mixing @ root @ self.weight
+        return spectrum
+
+    def curvature_spectrum(self, needs: Sum) -> Spectrum:
+        """Clamped eigenpairs of K or E."""
+        key: tuple[Side, Sum] = ("backward", needs)
+        if key not in self._spectra:
+            self._spectra[key] = symmetric_spectrum(self.curvature(needs), self._given.tolerance)
+        return self._spectra[key]
+
+    def curvature_values(self, needs: Sum) -> Tensor:
+        """Clamped eigenvalues of K or E, largest first, ``[groups, r]``."""
+        if ("backward", needs) in self._spectra:
+            return self._spectra["backward", needs].values
+        if needs not in self._values:
+            self._values[needs] = symmetric_values(self.curvature(needs), self._given.tolerance)
+        return self._values[needs]
+
+    def _power(self, relation: Relation, power: float) -> Factored:
+        exponent = self._scaled_curvature(relation.needs)[1]
+        spectrum = self.spectrum(relation)
+        if relation.side == "backward":
+            return spectrum.power(power, exponent=exponent)
+        exponent += 2 * self._scaled_weight[1]
+        frame, lifted = self.input_rows[1], self._lifted.get(relation.needs)
+        return spectrum.power(power, frame, exponent=exponent, lifted=lifted)
+
+    def _gram(self, side: Side, rows: Tensor, frame: Frame | None) -> Factored:
+        key = (side, frame is None)
+        if key not in self._grams:
+            thin = Factored.gram(rows, frame, 2 * self._scaled_weight[1]).thin()
+            lift = None if frame is None else Lift(self.weight)
+            self._grams[key] = replace(thin, left_gram=thin.left @ thin.left.mT, lift=lift)
+        return self._grams[key]
+
+    def _gap(self, needs: Sum) -> tuple[Tensor, int]:
+        """W + G/λ, in units of W's own scale times 2^exponent."""
+        gap, exponent = _added(self._scaled_weight, self.slope(needs))
+        return gap, exponent - self._scaled_weight[1]
+
+    def _side_rows(self, side: Side) -> Tensor:
+        """Rows whose Gram matrix is the measured side: W for WᵀW, Wᵀ for WWᵀ."""
+        return self.weight if side == "forward" else self.weight.mT
+
+    def _with_gradient(self, side: Side, matrix: Tensor) -> Factored:
+        """WᵀM (forward) or W Mᵀ (backward) for a matrix M of the weight's shape."""
+        rows = self._side_rows(side)
+        product = Factored(rows, matrix if side == "forward" else matrix.mT)
+        if rows.shape[1] > rows.shape[2]:
+            return product.thin()
+        gram = self._gram(side, rows, None)
+        return replace(product, left=gram.left, left_gram=gram.left_gram)
+
+    def _root(self, side: Side) -> PolarRoot:
+        if side not in self._roots:
+            rows = self.input_rows[0] if side == "forward" else self.weight.mT
+            slope = self.slope("gradient")[0]
+            self._roots[side] = polar_root(rows, slope if side == "forward" else slope.mT)
+        return self._roots[side]
+
+
+def _is_plain_fact(relation: Relation) -> bool:
+    """Whether the prediction is FACT or bFACT itself, which W's row space does not hold."""
+    return relation.name in ("fact", "bfact", "update_fact", "update_bfact")
+
+
+def _added(one: tuple[Tensor, int], other: tuple[Tensor, int]) -> tuple[Tensor, int]:
+    """2ᵃX + 2ᵇY as (Z, e) with 2ᵉZ."""
+    top = max(one[1], other[1])
+    return scaled(one[0], one[1] - top) + scaled(other[0], other[1] - top), top
+
+
+def _times_power_of_two(value: float, exponent: int) -> float:
+    """value·2^exponent, infinite where that overflows."""
+    try:
+        return math.ldexp(value, exponent)
+    except OverflowError:
+        return math.inf
+
+
+def to_algebra(tensor: Tensor) -> Tensor:
+    """``tensor`` in float64, on its device, or on the CPU where the device has no float64."""
+    device = torch.device("cpu") if tensor.device.type == "mps" else tensor.device
+    return tensor.detach().to(device=device, dtype=torch.float64)
+
+
+def _present(tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        raise ValueError("this sum was not measured for the layer")
+    return tensor

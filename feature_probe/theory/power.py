@@ -1,0 +1,204 @@
+"""The power s at which WᵀW is closest to a multiple of AGOPˢ, fitted on the matrices themselves.
+
+WᵀW ∝ AGOPˢ presupposes a common eigenbasis. A regression of sorted log-eigenvalues never looks at
+the eigenvectors, and returns a power for independent bases as well; here the power is the one
+whose cosine with WᵀW is highest, and it is undefined where no power stands out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_NAN = float("nan")
+#: Range of s that is searched, and the number of its points, even in log s.
+_LOWEST, _HIGHEST, _POINTS = 0.02, 4.0, 200
+#: Fewest kept eigenvalues, and least standard deviation of their logarithms, that show a power.
+_FEWEST, _LEAST_SPREAD = 3, 0.1
+#: How far C(s) may lie below its peak inside the flat range.
+_FLAT = 0.01
+#: A peak must rise this far above both ends of the range; less is rounding.
+_ROUNDING = 1e-12
+#: How many standard deviations of chance C(ŝ) must stand above its level. The best of many powers
+#: never lies below the level itself: a third of independent pairs have a peak, all just above it.
+_CHANCE_SPREADS = 2.0
+_GOLDEN = (math.sqrt(5) - 1) / 2
+#: Shrinks the step of the grid below 10⁻⁹ in log s; rounding in C(s) limits ŝ to about 10⁻⁸.
+_GOLDEN_STEPS, _BISECTIONS = 40, 40
+
+
+@dataclass(frozen=True)
+class FittedPower:
+    """The power ŝ = argmax_s C(s) over 0.02 ≤ s ≤ 4, C(s) the cosine of WᵀW with AGOPˢ.
+
+    Attributes:
+        power: ŝ; NaN, like all that follows, where it is undefined.
+        cosine: C(ŝ).
+        r_squared: C(ŝ)² = 1 − min_c ‖WᵀW − c·AGOPˢ‖²/‖WᵀW‖² at s = ŝ.
+        flat_low: Lowest s with C(s) ≥ C(ŝ) − 0.01; 0.02 where the range cuts it off.
+        flat_high: Highest such s; 4 where the range cuts it off.
+        reason: Why ŝ is undefined, "" if it is not.
+    """
+
+    power: float
+    cosine: float
+    r_squared: float
+    flat_low: float
+    flat_high: float
+    reason: str = ""
+
+
+def fitted_power(
+    values: Tensor,
+    quotients: Tensor,
+    norm: float,
+    level: Callable[[float], float] | None = None,
+) -> FittedPower:
+    """ŝ = argmax_s C(s), C(s) = Σ_j a_jˢ q_j/(‖WᵀW‖ √Σ_j a_j^{2s}), the cosine of WᵀW with AGOPˢ.
+
+    A grid of 200 in log s, then golden section around its best point. ŝ is free of the scales of
+    both AGOP and W. For a block-diagonal weight the eigenvalues of all blocks go in together: one s
+    for all blocks, and the cosine over all their entries.
+
+    Args:
+        values: a, the kept eigenvalues of AGOP, any shape; entries that are not positive are
+            dropped ones, and left out.
+        quotients: q_j = v_jᵀ(WᵀW)v_j for the eigenvector v_j of a_j, the same shape.
+        norm: ‖WᵀW‖_F, over all blocks.
+        level: The cosine with AGOPˢ that chance reaches on average, as a function of s. ŝ is
+            undefined unless C(ŝ) exceeds it by two standard deviations, 2√2(1 − level)/r for r kept
+            eigenvalues: the bound that a random rotation gives. A NaN level decides nothing.
+
+    Returns:
+        The fit; NaN with a reason where fewer than 3 eigenvalues are kept, where their logarithms
+        have a standard deviation below 0.1, where C has no peak inside the range, where C(ŝ) is
+        within chance, or where an input is zero or not finite.
+
+    Raises:
+        ValueError: if ``values`` and ``quotients`` differ in shape.
+    """
+    logs, shares, reason = _prepared(values, quotients, norm)
+    if not reason and len(logs) < _FEWEST:
+        reason = f"{len(logs)} eigenvalues kept, a power needs {_FEWEST}"
+    if not reason and (spread := float(logs.std(correction=0))) < _LEAST_SPREAD:
+        reason = f"eigenvalues too close: their logarithms spread by {spread:.2g} < {_LEAST_SPREAD}"
+    if reason:
+        return _undefined(reason)
+    grid = torch.linspace(math.log(_LOWEST), math.log(_HIGHEST), _POINTS, dtype=torch.float64).exp()
+    grid[0], grid[-1] = _LOWEST, _HIGHEST
+    curve = _cosines(logs, shares, grid)
+    power = _peak(logs, shares, grid, int(curve.argmax()))
+    cosine = _cosine(logs, shares, power)
+    ends = float(curve[0]), float(curve[-1])
+    if cosine <= max(ends) + _ROUNDING:
+        end = _LOWEST if ends[0] >= ends[1] else _HIGHEST
+        return _undefined(f"no peak inside {_LOWEST} < s < {_HIGHEST}: best at s = {end}")
+    if level is not None:
+        chance = level(power)
+        spread = math.sqrt(2) * (1 - chance) / len(logs)
+        if cosine < chance + _CHANCE_SPREADS * spread:
+            by_chance = f"{chance:.3g} ± {spread:.2g}"
+            return _undefined(f"cosine {cosine:.3g} at s = {power:.3g}, within chance: {by_chance}")
+    points = torch.cat([grid[grid < power], grid.new_tensor([power]), grid[grid > power]])
+    low, high = _flat_range(logs, shares, points, cosine - _FLAT)
+    cosine = max(-1.0, min(1.0, cosine))
+    return FittedPower(power, cosine, cosine**2, low, high)
+
+
+def power_cosine(values: Tensor, quotients: Tensor, norm: float, power: float) -> float:
+    """C(s) = Σ_j a_jˢ q_j/(‖WᵀW‖ √Σ_j a_j^{2s}), exactly the cosine of WᵀW with AGOPˢ.
+
+    Args:
+        values: a, as for :func:`fitted_power`.
+        quotients: q, the same shape.
+        norm: ‖WᵀW‖_F.
+        power: s > 0.
+
+    Returns:
+        The cosine; NaN where no eigenvalue is kept or an input is zero or not finite.
+
+    Raises:
+        ValueError: if ``values`` and ``quotients`` differ in shape, or ``power`` is not positive.
+    """
+    if not 0 < power < math.inf:
+        raise ValueError(f"power must be positive and finite, got {power}")
+    logs, shares, reason = _prepared(values, quotients, norm)
+    return _NAN if reason else max(-1.0, min(1.0, _cosine(logs, shares, power)))
+
+
+def _undefined(reason: str) -> FittedPower:
+    return FittedPower(_NAN, _NAN, _NAN, _NAN, _NAN, reason)
+
+
+def _prepared(values: Tensor, quotients: Tensor, norm: float) -> tuple[Tensor, Tensor, str]:
+    """log(a_j/max a) and q_j/‖WᵀW‖ of the kept eigenvalues, and why there is no cosine."""
+    if values.shape != quotients.shape:
+        raise ValueError(f"{tuple(values.shape)} values, {tuple(quotients.shape)} quotients")
+    flat = values.detach().to("cpu", torch.float64).flatten()
+    shares = quotients.detach().to("cpu", torch.float64).flatten()
+    kept = flat > 0
+    if not (math.isfinite(norm) and flat.isfinite().all() and shares[kept].isfinite().all()):
+        return flat, shares, "not finite"
+    if norm <= 0:
+        return flat, shares, "weight is zero"
+    if not kept.any():
+        return flat, shares, "predicted matrix is zero"
+    logs = flat[kept].log()
+    return logs - logs.max(), shares[kept] / norm, ""
+
+
+def _cosines(logs: Tensor, shares: Tensor, powers: Tensor) -> Tensor:
+    """C(s) at every s of ``powers``, ``[p]``; the denominator is at least 1."""
+    raised = (powers[:, None] * logs).exp()
+    return (raised @ shares) / raised.square().sum(1).sqrt()
+
+
+def _cosine(logs: Tensor, shares: Tensor, power: float) -> float:
+    return float(_cosines(logs, shares, logs.new_tensor([power])))
+
+
+def _peak(logs: Tensor, shares: Tensor, grid: Tensor, best: int) -> float:
+    """The s of the highest C between the neighbours of ``grid[best]``, by golden section."""
+    low = math.log(grid[max(best - 1, 0)])
+    high = math.log(grid[min(best + 1, len(grid) - 1)])
+
+    def height(log_power: float) -> float:
+        return _cosine(logs, shares, math.exp(log_power))
+
+    left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
+    at_left, at_right = height(left), height(right)
+    for _ in range(_GOLDEN_STEPS):
+        if at_left > at_right:
+            high, right, at_right = right, left, at_left
+            left = high - _GOLDEN * (high - low)
+            at_left = height(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + _GOLDEN * (high - low)
+            at_right = height(right)
+    return math.exp((low + high) / 2)
+
+
+def _flat_range(
+    logs: Tensor, shares: Tensor, points: Tensor, threshold: float
+) -> tuple[float, float]:
+    """Lowest and highest s with C(s) ≥ threshold: the outermost crossings between the points."""
+    inside = (_cosines(logs, shares, points) >= threshold).nonzero().flatten().tolist()
+
+    def crossing(outer: int, inner: int) -> float:
+        if not 0 <= outer < len(points):
+            return float(points[inner])
+        below, above = float(points[outer]), float(points[inner])
+        for _ in range(_BISECTIONS):
+            middle = (below + above) / 2
+            if _cosine(logs, shares, middle) >= threshold:
+                above = middle
+            else:
+                below = middle
+        return above
+
+    return crossing(inside[0] - 1, inside[0]), crossing(inside[-1] + 1, inside[-1])

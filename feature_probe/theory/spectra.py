@@ -1,0 +1,164 @@
+"""Eigenpairs, powers and polar roots of block-diagonal matrices, with a relative clamp."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from feature_probe.theory.factored import Factored, Frame, Lift
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenpairs of a block-diagonal PSD matrix after the clamp, largest first.
+
+    Attributes:
+        values: Kept eigenvalues, shape ``[groups, r]``; dropped ones are exactly 0.
+        vectors: Orthonormal eigenvectors as rows, shape ``[groups, r, d]``; 0 where dropped.
+        mixing: C with vectors = C·(the rows it was computed from), where there were such rows.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    mixing: Tensor | None = None
+
+    @property
+    def kept(self) -> int:
+        """Number of eigenvalues above the clamp, over all blocks."""
+        return int((self.values > 0).sum())
+
+    def power(
+        self,
+        power: float,
+        frame: Frame | None = None,
+        *,
+        exponent: int = 0,
+        lifted: Tensor | None = None,
+    ) -> Factored:
+        """(2ᵉX)ˢ for s > 0, with the pseudo-inverse convention: dropped eigenvalues stay 0.
+
+        Args:
+            power: s.
+            frame: The frame that the eigenvectors are given in.
+            exponent: e.
+            lifted: The eigenvectors outside the frame, ``[groups, r, d]``.
+        """
+        top = float(self.values.max()) if self.values.numel() else 0.0
+        if not 0 < top < math.inf:
+            return Factored.gram(self.rows(power), frame)
+        binary = power * (math.log2(top) + exponent)
+        whole = math.floor(binary)
+        weights = (self.values / top).pow(power) * 2.0 ** (binary - whole)
+        rows = weights.sqrt()[..., None] * self.vectors
+        lift = None if lifted is None else Lift(lifted, weights)
+        return Factored(rows, rows, frame, exponent=whole, lift=lift)
+
+    def rows(self, exponent: float) -> Tensor:
+        """M with Xˢ = MᵀM, shape ``[groups, r, d]``."""
+        return self.values.pow(exponent / 2)[..., None] * self.vectors
+
+
+def symmetric_spectrum(matrix: Tensor, tolerance: float) -> Spectrum:
+    """Eigendecomposition of a PSD matrix ``[groups, d, d]`` with a relative clamp.
+
+    Eigenvalues at or below ``tolerance`` times the largest of their block are dropped (set to 0,
+    not floored): below the precision of the sums they are noise that a power s < 1 would amplify.
+
+    Args:
+        matrix: Symmetric, shape ``[groups, d, d]``; only its symmetric part is used.
+        tolerance: Relative clamp τ.
+
+    Returns:
+        The spectrum, cut to the largest number of eigenvalues kept in any block.
+
+    Raises:
+        torch.linalg.LinAlgError: if the eigenproblem does not converge.
+    """
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    values, rows = values.flip(-1), vectors.flip(-1).mT
+    return _clamped(values, rows, tolerance)
+
+
+def symmetric_values(matrix: Tensor, tolerance: float) -> Tensor:
+    """The eigenvalues of :func:`symmetric_spectrum` alone, at about a quarter of its cost.
+
+    Raises:
+        torch.linalg.LinAlgError: if the eigenproblem does not converge.
+    """
+    values = torch.linalg.eigvalsh((matrix + matrix.mT) / 2).flip(-1)
+    keep = _kept(values, tolerance)
+    return torch.where(keep, values, 0.0)[:, : _most(keep)]
+
+
+def gram_spectrum(rows: Tensor, tolerance: float) -> Spectrum:
+    """Eigendecomposition of BᵀB from its rows B ``[groups, r, d]``, on the smaller side.
+
+    Raises:
+        torch.linalg.LinAlgError: if the eigenproblem does not converge.
+    """
+    if rows.shape[1] > rows.shape[2]:
+        return symmetric_spectrum(rows.mT @ rows, tolerance)
+    small = symmetric_spectrum(rows @ rows.mT, tolerance)
+    mixing = torch.where(small.values > 0, small.values.rsqrt(), 0.0)[..., None] * small.vectors
+    return Spectrum(small.values, mixing @ rows, mixing)
+
+
+def _clamped(values: Tensor, rows: Tensor, tolerance: float) -> Spectrum:
+    keep = _kept(values, tolerance)
+    count = _most(keep)
+    keep = keep[:, :count]
+    return Spectrum(
+        torch.where(keep, values[:, :count], 0.0),
+        torch.where(keep[..., None], rows[:, :count], 0.0),
+    )
+
+
+def _kept(values: Tensor, tolerance: float) -> Tensor:
+    return (values > tolerance * values[:, :1].clamp_min(0.0)) & (values > 0)
+
+
+def _most(keep: Tensor) -> int:
+    """The largest number of eigenvalues kept in any block, at least one."""
+    return max(int(keep.sum(-1).max()), 1) if keep.numel() else 0
+
+
+@dataclass(frozen=True)
+class PolarRoot:
+    """√(XXᵀ) of X = LᵀR, in the orthonormal basis Q of the columns of Lᵀ = Q·R₁.
+
+    Attributes:
+        root: The small symmetric matrix S with √(XXᵀ) = Q S Qᵀ, shape ``[groups, m, m]``.
+        triangle: R₁, shape ``[groups, m, k]``, so that LᵀL = Q (R₁R₁ᵀ) Qᵀ in the same basis.
+        rows: T with √(XXᵀ) = TᵀT, shape ``[groups, m, d]``.
+        mixing: C with T = C·L, shape ``[groups, m, k]``; 0 where a singular value is rounding.
+    """
+
+    root: Tensor
+    triangle: Tensor
+    rows: Tensor
+    mixing: Tensor
+
+
+def polar_root(left: Tensor, right: Tensor) -> PolarRoot:
+    """√(XXᵀ) of X = LᵀR without forming XXᵀ, whose spectrum would be squared.
+
+    With Lᵀ = Q₁R₁, Rᵀ = Q₂R₂ and the SVD R₁R₂ᵀ = U S Vᵀ, √(XXᵀ) = Q₁ U S Uᵀ Q₁ᵀ.
+
+    Args:
+        left: L, shape ``[groups, k, d]``, or in a frame; the result is in the same coordinates.
+        right: R, shape ``[groups, k, d]``, in any orthonormal coordinates: they drop out.
+
+    Raises:
+        torch.linalg.LinAlgError: if the SVD does not converge.
+    """
+    basis, left_triangle = torch.linalg.qr(left.mT)
+    right_triangle = torch.linalg.qr(right.mT, mode="r").R
+    u, s, vh = torch.linalg.svd(left_triangle @ right_triangle.mT, full_matrices=False)
+    half = u * s.sqrt()[:, None, :]
+    known = s > 4 * torch.finfo(s.dtype).eps * s[:, :1]
+    # U = R₁R₂ᵀVS⁻¹, so that T = S^{1/2}UᵀQ₁ᵀ = S^{-1/2}VᵀR₂·L
+    mixing = torch.where(known, s.rsqrt(), 0.0)[..., None] * (vh @ right_triangle)
+    return PolarRoot(half @ half.mT, left_triangle, (basis @ half).mT, mixing)
