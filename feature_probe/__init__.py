@@ -3,7 +3,12 @@
 :class:`FeatureProbe` watches a training loop; :func:`measure` measures frozen weights.
 """
 
-from feature_probe.errors import ConfigurationError, FeatureProbeError, NotMeasuredError
+from feature_probe.errors import (
+    ConfigurationError,
+    FeatureProbeError,
+    NotMeasuredError,
+    VerificationError,
+)
 from feature_probe.estimate import Estimate
 from feature_probe.layers.embeddings import EmbeddingRule
 from feature_probe.layers.rules import (
@@ -18,17 +23,22 @@ from feature_probe.layers.transposed import ConvTransposeRule
 from feature_probe.measure import measure
 from feature_probe.probe import FeatureProbe
 from feature_probe.reports.coverage import Coverage, ParameterCoverage
-from feature_probe.reports.report import Record, Report
+from feature_probe.reports.diagnosis import Diagnosis
+from feature_probe.reports.record import Record
+from feature_probe.reports.report import Report
+from feature_probe.reports.verification import Check, Verification
 from feature_probe.theory.relations import RELATIONS, Relation
 
 __version__ = "0.1.0"
 
 __all__ = [
     "RELATIONS",
+    "Check",
     "ConfigurationError",
     "ConvRule",
     "ConvTransposeRule",
     "Coverage",
+    "Diagnosis",
     "EmbeddingRule",
     "Estimate",
     "FeatureProbe",
@@ -41,6 +51,8 @@ __all__ = [
     "Relation",
     "Report",
     "TransposedLinearRule",
+    "Verification",
+    "VerificationError",
     "measure",
     "register_layer_rule",
     "unregister_layer_rule",

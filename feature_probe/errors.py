@@ -21,6 +21,10 @@ class NotMeasuredError(FeatureProbeError, LookupError):
     """A number or a matrix was asked for that this report does not hold."""
 
 
+class VerificationError(FeatureProbeError, AssertionError):
+    """The run-time self-test found numbers that do not belong together."""
+
+
 def positive_integer(name: str, value: Any) -> None:
     """Check that an argument counts something.
 

@@ -18,6 +18,7 @@ from feature_probe.reports.scoring import LayerFacts, score_layer
 from feature_probe.sums.jacobian import JacobianSettings
 from feature_probe.sums.moments import sum_dtype
 from feature_probe.sums.observer import select_output
+from feature_probe.sums.trajectory import RING
 from feature_probe.theory.relations import (
     LayerStatistics,
     Relation,
@@ -36,6 +37,8 @@ class LayerEstimate:
         layer: Name.
         rows: Rows (examples × positions × calls) of one forward pass on the sample.
         sum_bytes: Bytes of its sums G, K and E.
+        path_bytes: Most bytes of its path: the window's first weight, the running sum of weights
+            where the decay is decoupled, three numbers a row of the latest 32 steps.
         forward_flops: Multiply-adds × 2 of its forward matrix product.
         gram_flops: The same for adding one forward pass to K and E.
     """
@@ -43,6 +46,7 @@ class LayerEstimate:
     layer: str
     rows: int
     sum_bytes: int
+    path_bytes: int
     forward_flops: float
     gram_flops: float
 
@@ -53,7 +57,8 @@ class Estimate:
 
     Attributes:
         layers: Per layer.
-        bytes_held: Bytes of the sums held through a window.
+        bytes_held: Bytes of the sums and paths held through a window; with ``jackknife``, of the
+            groups' sums that ``measure`` holds.
         bytes_peak: The same inside a window's step, where a step's sums stand beside the window's.
         step_ratio: Arithmetic of a step inside a window over that of a plain step, which is three
             times the forward pass (the first layer needs no input gradient).
@@ -75,7 +80,8 @@ class Estimate:
 
     def __str__(self) -> str:
         rows = [
-            f"{entry.layer}: {entry.rows} rows, {_size(entry.sum_bytes)}" for entry in self.layers
+            f"{entry.layer}: {entry.rows} rows, {_size(entry.sum_bytes + entry.path_bytes)}"
+            for entry in self.layers
         ]
         return "\n".join(
             [
@@ -110,6 +116,7 @@ def estimate_cost(
     num_probes: int = 1,
     window: int = 4,
     max_dim: int = 8192,
+    jackknife: int | None = None,
 ) -> Estimate:
     """What probing ``model`` on batches like ``sample`` will cost.
 
@@ -129,6 +136,7 @@ def estimate_cost(
         num_probes: Random products per forward pass.
         window: Steps per window; with one, no second set of sums is held.
         max_dim: Widest d_out with K and E.
+        jackknife: Groups, for what ``measure(jackknife=...)`` will hold: no window, no path.
 
     Raises:
         ConfigurationError: as for the probe.
@@ -151,11 +159,17 @@ def estimate_cost(
     extra = sum(entry.gram_flops for entry in layers)
     if "jacobian" in needs:
         extra += products * (forward - first)  # activation-only backward passes
-    held = sum(entry.sum_bytes for entry in layers)
+    sums = sum(entry.sum_bytes for entry in layers)
+    paths = sum(entry.path_bytes for entry in layers)
+    held, peak = sums + paths, sums * (2 if window > 1 else 1) + paths
+    if jackknife is not None:  # the groups, all of them together, and a batch or a layer less one
+        positive_integer("jackknife", jackknife)
+        held = sums * (jackknife + 1)
+        peak = held + sums
     return Estimate(
         layers=layers,
         bytes_held=held,
-        bytes_peak=held * (2 if window > 1 else 1),
+        bytes_peak=peak,
         step_ratio=1 + extra / plain if plain else float("nan"),
         report_seconds=_report_seconds(targets, asked, parse_powers(powers), max_dim),
         step_seconds=3 * seconds,
@@ -170,10 +184,16 @@ def _layer(
     square = target.groups * target.d_out**2
     dtypes = [p.dtype for p in target.module.parameters() if p.is_floating_point()]
     size = sum_dtype(dtypes[0] if dtypes else torch.float32).itemsize
+    path = RING * 6 * size * target.groups * target.d_out
+    if needs & {"gradient", "update"}:
+        path += weight * size * (1 + ("update" in needs))
+    else:
+        path = 0
     repeats = products * ("jacobian" in needs) + ("loss" in needs)
     return LayerEstimate(
         layer=target.name,
         rows=rows,
+        path_bytes=path,
         sum_bytes=size * (grams * square + weight * ("gradient" in needs)),
         forward_flops=2.0 * rows * weight,
         gram_flops=2.0 * rows * square * repeats if grams else 0.0,

@@ -12,16 +12,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from feature_probe.capture.evaluation import Forward, LossFunction
 from feature_probe.errors import ConfigurationError, positive_integer
 from feature_probe.estimate import estimate_cost
 from feature_probe.layers.targets import Discovery, Selection, Target, find_targets
 from feature_probe.models import unwrap
+from feature_probe.optimizers.behaviour import form_note
+from feature_probe.optimizers.clock import DecayClock
 from feature_probe.processes.ranks import Ranks
 from feature_probe.processes.reduction import GroupChoice
 from feature_probe.reports.assembly import Assembler
 from feature_probe.reports.decay import WeightDecay
+from feature_probe.reports.doctor import Doctor
 from feature_probe.reports.report import Report
+from feature_probe.reports.verification import Verification
 from feature_probe.schedules import Schedule, parse_schedule
+from feature_probe.selftest import SelfTest
 from feature_probe.sinks import Sink
 from feature_probe.sinks.outlets import Outlets
 from feature_probe.sums.collector import Collector
@@ -30,6 +36,7 @@ from feature_probe.sums.ledger import Positions, Reduction
 from feature_probe.sums.observer import Observer, ObserverSettings
 from feature_probe.sums.state import FORMAT, check_state, without_sums
 from feature_probe.sums.stepping import LossScale, StepWatch, parse_loss_scale, parse_optimizers
+from feature_probe.sums.verification import wrapper_name
 from feature_probe.theory.relations import Relation, parse_powers, parse_relations
 
 if TYPE_CHECKING:
@@ -72,7 +79,9 @@ class FeatureProbe:
         window: Steps whose sums go into a report, the reported one last; fewer where the previous
             report, or step 0, is nearer. FACT is a matter of the whole data set's gradient: a few
             minibatches show little of it while the learning rate is large, an epoch shows it.
-        relations: Names in :data:`feature_probe.RELATIONS`.
+        relations: Names in :data:`feature_probe.RELATIONS`. None: "fact", "bfact", "nfa", "enfa",
+            and where the optimizer's weight decay is decoupled (AdamW, Lion, Muon) "update_fact"
+            and "update_bfact" too.
         powers: The powers s of AGOPˢ and eNFAˢ.
         include: Layers to measure: a glob on names, a compiled pattern, a module type, a predicate
             ``(name, module) -> bool``, or a list of these. All known layers if None.
@@ -104,6 +113,9 @@ class FeatureProbe:
             the same step, for they meet at every report; the first one writes. None: this process
             by itself.
         strict: Raise what goes wrong inside the probe instead of logging and counting it.
+        verify_steps: How many steps from :meth:`attach` on are followed closely for :meth:`verify`.
+            In them every layer's input is kept and its gradient formed a second time, so that they
+            cost up to two more backward passes, and 60 bytes for each weight.
 
     Attributes:
         report: The latest report, or None.
@@ -122,7 +134,7 @@ class FeatureProbe:
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         every: int | Schedule = 100,
         window: int = 4,
-        relations: Iterable[str] | str = ("fact", "bfact", "nfa", "enfa"),
+        relations: Iterable[str] | str | None = None,
         powers: Iterable[float] | float = (0.5, 1.0),
         include: Selection = None,
         exclude: Selection = None,
@@ -142,6 +154,7 @@ class FeatureProbe:
         seed: int = 0,
         process_group: GroupChoice = "auto",
         strict: bool = False,
+        verify_steps: int = 0,
     ) -> None:
         positive_integer("window", window)
         self.report: Report | None = None
@@ -154,7 +167,9 @@ class FeatureProbe:
         self._keep = keep_matrices
         self._strict = strict
         discovery = Discovery(self._model, include, exclude)
-        asked, wanted = parse_relations(relations), parse_powers(powers)
+        self._decay = WeightDecay(discovery, self._optimizers, weight_decay)
+        chosen = self._decay.default_relations() if relations is None else relations
+        asked, wanted = parse_relations(chosen), parse_powers(powers)
         self._settings = ObserverSettings(
             needs=frozenset(relation.needs for relation in asked),
             jacobian=JacobianSettings(jacobian, num_probes, max_outputs),
@@ -165,7 +180,15 @@ class FeatureProbe:
             seed=seed,
             stream=(self._ranks.rank, self._ranks.count),
         )
-        self._decay = WeightDecay(discovery, self._optimizers, weight_decay)
+        self._self_test = SelfTest(
+            verify_steps,
+            self._model,
+            discovery,
+            self._decay,
+            self._settings,
+            self._ranks,
+            wrapper_name(optimizer),
+        )
         self._observer = Observer(
             self._model, discovery, self._settings, self._on_hook_fault, entrance=model
         )
@@ -175,7 +198,9 @@ class FeatureProbe:
             self._optimizers,
             parse_loss_scale(loss_scale),
             gradients="gradient" in self._settings.needs,
+            updates="update" in self._settings.needs,
         )
+        self._clock = DecayClock(self._optimizers)
         self._watch = StepWatch(self._optimizers, self._before_step, self._advance)
         self._assembler = Assembler(
             self._model,
@@ -184,8 +209,10 @@ class FeatureProbe:
             self._decay,
             asked,
             wanted,
+            Doctor(self._decay, self._collector.trajectory, self._clock),
             on_fault=self._on_fault,
         )
+        self._initial: dict[tuple[str, str], float] = {}
         self._outlets = Outlets(
             log_dir, writer, sinks, self._on_fault, writes=self._ranks.is_writer
         )
@@ -193,6 +220,7 @@ class FeatureProbe:
         self._resumed: Mapping[str, Any] | None = None
         self._unanswered: set[int] = set()
         self._attached = False
+        self._fresh = True
         self._validated = False
         self._logged: set[tuple[str, str]] = set()
         self._step = 0
@@ -210,6 +238,14 @@ class FeatureProbe:
 
     #: What probing a model on batches like a sample will cost, before anything is attached.
     estimate = staticmethod(estimate_cost)
+
+    def preflight(self) -> list[str]:
+        """How each parameter group's weights decay, and so which form of FACT to read for it.
+
+        Found from what the optimizer does to a small matrix of the probe's own, not from its name.
+        A line per group; also in ``report.settings["weight_decay"]``.
+        """
+        return [line for optimizer in self._optimizers for line in form_note(optimizer)]
 
     @property
     def is_attached(self) -> bool:
@@ -231,10 +267,15 @@ class FeatureProbe:
         self._outlets.open(self._step)
         if self._optimizers:
             self._watch.attach()
+            logger.info("%s", "; ".join(self.preflight()))
+        if self._fresh:
+            self._clock.start()
+            self._fresh = False
         self._attached = True
         self._observer.recorder.attach()
         self._collector.forget_step()
         self._collector.start()
+        self._collector.evidence = self._self_test.evidence()
         self._take_up()
         self._arm()
         return self
@@ -270,6 +311,8 @@ class FeatureProbe:
             "faults": self.faults,
             "report": None if self.report is None else self.report.to_dict(),
             "rank": [self._ranks.rank, self._ranks.count],
+            "clock": self._clock.state_dict(),
+            "initial": [[*key, cosine] for key, cosine in self._initial.items()],
             "collector": self._resumed or self._collector.state_dict(),
             "sinks": self._outlets.state_dict(),
         }
@@ -292,6 +335,9 @@ class FeatureProbe:
         self._step = state["step"]
         self.faults = state["faults"]
         self.report = None if state["report"] is None else Report.from_dict(state["report"])
+        self._clock.load_state_dict(state["clock"])
+        self._fresh = False
+        self._initial = {(layer, label): cosine for layer, label, cosine in state["initial"]}
         self._resumed = state["collector"]
         if list(state["rank"]) != [self._ranks.rank, self._ranks.count]:
             # another process's sums would be counted twice
@@ -339,17 +385,52 @@ class FeatureProbe:
         self._guard("collecting a step", self._collect, None)
         self._advance()
 
+    def verify(
+        self,
+        batch: Any = None,
+        loss_fn: LossFunction | None = None,
+        *,
+        forward: Forward | None = None,
+    ) -> Verification:
+        """Whether the probe's bookkeeping fits this loop, from the steps of ``verify_steps``.
+
+        Three sources of each layer's gradient are compared that are not made from one another: what
+        its calls delivered (Σ gᵀh), what the optimizer got (``.grad``), and what the optimizer's
+        steps say by the identities of :mod:`feature_probe.optimizers.identities`. So a wrong number
+        of examples, λ, loss scale, accumulation or number of processes shows. Gradient clipping is
+        named, and no failure. What cannot be checked says why.
+
+        Args:
+            batch: To be evaluated whole and in two halves, in evaluation mode and without a trace,
+                which alone shows whether the loss is a mean or a sum.
+            loss_fn: ``loss_fn(output, target) -> scalar`` for a batch ``(input, target)``.
+            forward: ``(model, batch) -> (output, loss)`` for batches of any other shape.
+
+        Returns:
+            The result; ``print`` it. With several processes each gets the same, but for the loss.
+
+        Raises:
+            ConfigurationError: without ``verify_steps``, before the first step has ended, or for a
+                batch without a loss. Of several processes all must call this.
+        """
+        return self._self_test.result(self._collector.evidence, batch, loss_fn, forward)
+
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._guard("collecting a step", self._collect, optimizer)
+        self._guard("reading the optimizer", self._clock.advance, optimizer)
 
     def _advance(self) -> None:
+        if self._collector.evidence is not None:
+            self._guard("verifying a step", self._collector.evidence.stepped)
         self._step += 1
         self._guard("asking the schedule", self._arm)
 
     def _arm(self) -> None:
         """Follow the next step's passes if it is in a window; step 0's are always checked."""
         ahead = range(self._step, self._step + self._window_steps)
-        if self._step == 0 or any(self._is_due(step) for step in ahead):
+        in_window = self._step == 0 or any(self._is_due(step) for step in ahead)
+        self._collector.expect(in_window=in_window)
+        if in_window or self._collector.verifying:
             self._observer.recorder.arm()
         elif self._observer.recorder.armed:
             self._observer.recorder.disarm()
@@ -420,12 +501,15 @@ class FeatureProbe:
             "left_out": window.left_out,
             "discarded": window.discarded,
             "faults": self.faults,
+            "weight_decay": "; ".join(self.preflight()),
             **self._ranks.settings,
         }
         weights = {i: weight for i, weight in enumerate(reduced.weights) if weight is not None}
         report = self._assembler.report(
-            window, self._step, settings, keep=self._keep, weights=weights
+            window, self._step, settings, keep=self._keep, weights=weights, initial=self._initial
         )
+        if self._step == 0:
+            self._initial = {(r.layer, r.label): r.cosine for r in report.records}
         # with those of making it
         report = replace(report, settings={**settings, "faults": self.faults})
         if self._ranks.is_writer:

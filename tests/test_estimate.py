@@ -79,8 +79,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def held(model: nn.Module, x: Tensor, **options: Any) -> tuple[int, int]:
-    """Bytes of the probe's sums towards the end of a window, and at most inside a step of it."""
+def held(model: nn.Module, x: Tensor, **options: Any) -> tuple[int, int, int]:
+    """Bytes of the probe's sums and paths late in a window, and at most inside a step of it."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     probe = FeatureProbe(
         model, optimizer=optimizer, every=lambda step: step == STEPS, window=STEPS + 1,
@@ -94,7 +94,7 @@ def held(model: nn.Module, x: Tensor, **options: Any) -> tuple[int, int]:
             inside = probe._collector.nbytes()
             optimizer.step()
             peak = max(peak, inside)
-    return probe._collector.window.nbytes(), peak
+    return probe._collector.window.nbytes(), probe._collector.trajectory.nbytes(), peak
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -107,11 +107,13 @@ def test_bytes_are_those_that_the_probe_holds(
     make, shape = MODELS[name]
     model, x = make().to(dtype), torch.randn(4, *shape, dtype=dtype)
     estimate = FeatureProbe.estimate(model, x, window=STEPS + 1, **options)
-    after_step, inside_step = held(model, x, **options)
-    assert estimate.bytes_held == after_step > 0
-    assert estimate.bytes_held <= estimate.bytes_peak == 2 * estimate.bytes_held
-    assert inside_step <= estimate.bytes_peak
-    assert sum(layer.sum_bytes for layer in estimate.layers) == estimate.bytes_held
+    after_step, paths, inside_step = held(model, x, **options)
+    sums = sum(layer.sum_bytes for layer in estimate.layers)
+    most = sum(layer.path_bytes for layer in estimate.layers)
+    assert sums == after_step > 0
+    assert paths <= most
+    assert estimate.bytes_held == sums + most
+    assert inside_step <= estimate.bytes_peak == 2 * sums + most
 
 
 def test_bytes_of_bfloat16_models() -> None:
@@ -119,13 +121,23 @@ def test_bytes_of_bfloat16_models() -> None:
     x = torch.randn(4, 10)
     low = FeatureProbe.estimate(mlp().bfloat16(), x.bfloat16())
     assert low.bytes_held == FeatureProbe.estimate(mlp(), x).bytes_held
-    assert low.bytes_held == 4 * (20 * 10 + 5 * 20 + 2 * (20 * 20 + 5 * 5))
+    sums = sum(layer.sum_bytes for layer in low.layers)
+    assert sums == 4 * (20 * 10 + 5 * 20 + 2 * (20 * 20 + 5 * 5))
 
 
 def test_a_window_of_one_step_holds_no_second_set() -> None:
     """With window=1 the step's sums are the window's."""
     estimate = FeatureProbe.estimate(mlp(), torch.randn(4, 10), window=1)
     assert estimate.bytes_peak == estimate.bytes_held
+
+
+def test_jackknife_holds_a_set_of_sums_for_every_group() -> None:
+    """What measure(jackknife=m) holds: m groups and all of them together, and no path."""
+    x = torch.randn(4, 10)
+    estimate = FeatureProbe.estimate(mlp(), x, jackknife=8)
+    sums = sum(layer.sum_bytes for layer in FeatureProbe.estimate(mlp(), x).layers)
+    assert estimate.bytes_held == 9 * sums
+    assert estimate.bytes_peak == 10 * sums
 
 
 # --------------------------------------------------------------------------- work
@@ -183,7 +195,7 @@ def test_text() -> None:
     """Totals first, then a line per layer."""
     estimate = FeatureProbe.estimate(mlp(), torch.randn(N, 10))
     first, second, *rest = str(estimate).split("\n")
-    assert "4.492 KiB held" in first
+    assert "24.41 KiB held, 28.91 KiB at most" in first
     assert "plain steps" in first
     assert f"a report takes about {estimate.report_seconds:.2g} s" in second
     assert [line.split(":")[0] for line in rest] == ["0", "2"]

@@ -23,6 +23,10 @@ from feature_probe import (
     Report,
     measure,
 )
+from feature_probe.reports.diagnosis import Diagnosis
+from feature_probe.reports.explanation import explain
+from feature_probe.reports.phrases import VERDICT_WORDS
+from feature_probe.reports.record import VERDICTS
 
 LAMBDA = 0.05
 
@@ -105,11 +109,13 @@ def test_report_round_trip() -> None:
     text = json.dumps(report.to_dict(), allow_nan=False)
     back = Report.from_dict(json.loads(text))
     assert back.step == report.step == 17
-    assert len(back.records) == len(report.records) == 3 * (4 + 2 * 4)
+    assert len(back.records) == len(report.records) == 3 * (6 + 2 * 4)
     assert all(same(a, b) for a, b in zip(back.records, report.records, strict=True))
     assert back.coverage == report.coverage
     assert back.settings == report.settings
     assert back.statistics == {}
+    assert len(back.diagnoses) == len(report.diagnoses)
+    assert [d.to_dict() for d in back.diagnoses] == [d.to_dict() for d in report.diagnoses]
     assert json.dumps(back.to_dict(), allow_nan=False) == text
     assert any(math.isnan(r.cosine) for r in back.records)
     assert str(back) == str(report)
@@ -216,6 +222,8 @@ def test_matrices() -> None:
     torch.testing.assert_close(report.matrix("3", "nfm"), weight.T @ weight)
     torch.testing.assert_close(report.matrix("3", "bnfm"), weight @ weight.T)
     for kind, relation in RELATIONS.items():
+        if relation.needs == "update":
+            continue
         forward = relation.side == "forward"
         assert report.matrix("3", kind).shape == ((8, 8) if forward else (5, 5))
         assert report.matrix("0", kind).shape == ((2, 3, 3) if forward else (2, 2, 2))
@@ -325,28 +333,98 @@ def test_kept_matrices_are_not_changed_by_training() -> None:
 
 
 def example() -> Report:
-    """Two layers, one of them with a note."""
+    """Two layers with verdicts, one of them with notes."""
     fact: dict[str, Any] = {"relation": "fact", "power": None, "shared_weight_cosine": math.nan}
+    zero = "predicted matrix is zero"
     return Report(
         step=3,
         records=[
-            record(),
-            record(**fact, cosine=-0.75),
-            record(layer="head", cosine=math.nan, status="predicted matrix is zero"),
-            record(**fact, layer="head", cosine=1.0, premise="frozen"),
+            record(verdict="at chance", because="cosine 0.50, by chance 0.20 ± 0.30"),
+            record(**fact, cosine=-0.75, verdict="not yet", because="decay age 0.4"),
+            record(layer="head", cosine=math.nan, verdict="undefined", status=zero, because=zero),
+            record(**fact, layer="head", cosine=1.0, verdict="not applicable", premise="frozen"),
         ],
         coverage=Coverage(()),
     )
 
 
 def test_table() -> None:
-    """Layers by relations, aligned, each cosine with its level by chance, a dash if undefined."""
+    """Layers by relations, aligned, each cosine with its level by chance and its verdict."""
     assert example().table() == (
-        "layer       nfa^0.5           fact\n"
-        "----------------------------------\n"
-        "fc     0.500 (0.20)  -0.750 (0.10)\n"
-        "head              -   1.000 (0.10)"
+        "layer       nfa^0.5                  fact\n"
+        "-------------------------------------------------\n"
+        "fc     0.500 (0.20) chance  -0.750 (0.10) not yet\n"
+        "head              -          1.000 (0.10) n/a"
     )
+
+
+def test_table_with_states() -> None:
+    """Where the state of a layer is known it is the last column, in full or shortened."""
+    report = dataclasses.replace(
+        example(),
+        diagnoses=[Diagnosis("fc", state="at stationarity"), Diagnosis("head")],
+    )
+    header, _, first, second = report.table().split("\n")
+    assert header.endswith("  state")
+    assert first.endswith("not yet  at stationarity")
+    assert second.endswith("n/a      ?")
+    assert header.index("state") == first.index("at stationarity") == second.index("?")
+    assert "state: has training brought" in str(report)
+    frozen = dataclasses.replace(report, diagnoses=[Diagnosis("head", state="not applicable")])
+    assert [line.split()[-1] for line in frozen.table().split("\n")] == [
+        "state", "-" * len(frozen.table().split("\n")[1]), "yet", "n/a",
+    ]  # fmt: skip
+
+
+def test_no_state_is_no_column() -> None:
+    """A column of question marks would say nothing."""
+    report = dataclasses.replace(example(), diagnoses=[Diagnosis("fc"), Diagnosis("head")])
+    assert report.table() == example().table()
+    assert "state:" not in str(report)
+
+
+def test_every_verdict_has_a_word() -> None:
+    """Short, each its own, with a meaning in the line below the table."""
+    assert set(VERDICT_WORDS) == set(VERDICTS)
+    words = [word for word, _ in VERDICT_WORDS.values()]
+    assert len(set(words)) == len(words)
+    assert max(map(len, words)) <= 7
+    for verdict, (word, meaning) in VERDICT_WORDS.items():
+        text = str(Report(3, [record(verdict=verdict)], Coverage(())))
+        assert f"0.500 (0.20) {word}\n" in text
+        assert f"\n{word}: {meaning}\n" in text
+
+
+def test_only_verdicts_that_occur_are_explained() -> None:
+    """Each once, in the order of the verdicts."""
+    lines = str(example()).split("\n")
+    assert (
+        "not yet: training has not brought the layer to rest; chance: not clearly above chance; "
+        "n/a: the relation is not claimed for this layer; -: no number"
+    ) in lines
+
+
+def test_a_verdict_of_a_later_version() -> None:
+    """A word that is not known here is shown as it is."""
+    assert record(verdict="new").verdict in Report(3, [record(verdict="new")], Coverage(())).table()
+
+
+@pytest.mark.parametrize("verdict", ["not applicable", "trivial"])
+def test_a_number_that_is_not_there_keeps_its_verdict(verdict: str) -> None:
+    """A dash with the reason why none is wanted."""
+    made = Report(3, [record(verdict=verdict, cosine=math.nan)], Coverage(()))
+    assert made.table().split("\n")[-1].split() == ["fc", "-", VERDICT_WORDS[verdict][0]]
+
+
+def test_the_table_is_not_too_wide() -> None:
+    """Six columns and the state with the longest words fit 160 characters."""
+    records = [
+        record(relation=name, power=power, verdict="approaching")
+        for name, power in [("fact", None), ("bfact", None), ("nfa", 0.5), ("nfa", 1.0),
+                            ("enfa", 0.5), ("enfa", 1.0)]
+    ]  # fmt: skip
+    made = Report(3, records, Coverage(()), diagnoses=[Diagnosis("fc", state="at stationarity")])
+    assert max(map(len, made.table().split("\n"))) <= 160
 
 
 @pytest.mark.parametrize(
@@ -365,10 +443,19 @@ def test_level_by_chance(changes: dict[str, Any], level: float) -> None:
 
 
 def test_table_of_another_score() -> None:
-    """Any number of the records can be tabulated, without the level by chance."""
+    """Any number can be tabulated, with a verdict where it is one of agreement."""
     first, *_ = example().table("pearson").split("\n")[2:]
-    assert first.split() == ["fc", "0.250", "0.250"]
-    assert example().table("residual").split("\n")[2].split() == ["fc", "-", "-"]
+    assert first.split() == ["fc", "0.250", "chance", "0.250", "not", "yet"]
+    assert example().table("residual").split("\n")[2].split() == [
+        "fc",
+        "-",
+        "chance",
+        "-",
+        "not",
+        "yet",
+    ]
+    assert example().table("weight_decay").split("\n")[2].split() == ["fc", "0.100", "0.100"]
+    assert example().table("stationarity").split("\n")[2].split() == ["fc", "-", "-"]
 
 
 @pytest.mark.parametrize("score", ["correlation", "layer", "n_rows"])
@@ -387,8 +474,39 @@ def test_table_with_a_missing_record() -> None:
 
 
 def test_notes() -> None:
-    """Statuses that are not ok, and premises, each with the layers they concern."""
-    assert example().notes() == ["nfa: predicted matrix is zero (head)", "fact: frozen (head)"]
+    """Statuses, premises and reasons of what says little, each once, with their layers."""
+    assert example().notes() == [
+        "fact: decay age 0.4 (fc)",
+        "nfa: predicted matrix is zero (head)",
+        "fact: frozen (head)",
+    ]
+
+
+def test_a_reason_that_contains_another_is_given_alone() -> None:
+    """Status, premise and reason often say the same."""
+    texts = {"status": "no", "premise": "no gradient", "because": "no gradient: frozen"}
+    one = record(verdict="not applicable", **texts, interval_note="no gradient")
+    assert Report(0, [one], Coverage(())).notes() == ["nfa: no gradient: frozen (fc)"]
+
+
+def test_a_status_that_says_what_a_reason_says() -> None:
+    """A part of the status that begins like the reason is left out; a fault is one part."""
+    status = "no two entries; no weight decay: direction only"
+    one = record(verdict="not applicable", status=status, because="no weight decay: no balance")
+    assert Report(0, [one], Coverage(())).notes() == [
+        "nfa: no two entries (fc)",
+        "nfa: no weight decay: no balance (fc)",
+    ]
+    fault = record(verdict="undefined", status="fault: OSError: a; b", because="")
+    assert Report(0, [fault], Coverage(())).notes() == ["nfa: fault: OSError: a; b (fc)"]
+
+
+def test_findings_need_no_reason() -> None:
+    """Why a relation holds or is at chance is in the record, not in the notes."""
+    found = ("holds", "approaching", "aligned", "at chance", "below chance")
+    records = [record(layer=word, verdict=word, because=f"so {word}") for word in VERDICTS]
+    text = "\n".join(Report(0, records, Coverage(())).notes(limit=None))
+    assert {word for word in VERDICTS if f"so {word}" not in text} == set(found)
 
 
 def test_notes_on_many_layers_are_short() -> None:
@@ -397,6 +515,58 @@ def test_notes_on_many_layers_are_short() -> None:
     assert Report(0, records, Coverage(())).notes() == ["nfa: odd (l0, l1, l2, l3 and 2 more)"]
     records = [record(layer=f"l{i}", status="zero") for i in range(3)]
     assert Report(0, records, Coverage(())).notes() == ["nfa: zero (all layers)"]
+
+
+def test_one_note_for_relations_with_the_same_layers() -> None:
+    """All powers of a relation are the relation; all relations need no name."""
+    fact = record(relation="fact", power=None)
+    powers = [record(power=0.5, premise="odd"), record(power=1.0, premise="odd")]
+    assert Report(0, [fact, *powers], Coverage(())).notes() == ["nfa: odd (fc)"]
+    assert Report(0, [*powers, record(power=2.0)], Coverage(())).notes() == [
+        "nfa^0.5, nfa^1: odd (fc)"
+    ]
+    with_fact = [record(relation="fact", power=None, premise="odd"), *powers]
+    assert Report(0, with_fact, Coverage(())).notes() == ["odd (fc)"]
+    one_more = [*with_fact, record(relation="enfa")]
+    assert Report(0, one_more, Coverage(())).notes() == ["fact, nfa: odd (fc)"]
+
+
+def test_notes_that_differ_in_numbers_are_one() -> None:
+    """The first one's numbers stand for the others, and the note says so."""
+    records = [record(layer=f"l{i}", premise=f"age 0.{i} of 3") for i in range(3)]
+    assert Report(0, records, Coverage(())).notes() == [
+        "nfa: age 0.0 of 3 (all layers; other numbers elsewhere)"
+    ]
+
+
+def test_what_concerns_all_layers_comes_first() -> None:
+    """Then the others as they come; that nothing was asked for comes last."""
+    none = "no interval: measure(jackknife=8) gives one"
+    records = [
+        record(layer="a", status="only here", premise="everywhere", interval_note=none),
+        record(layer="b", status="everywhere", interval_note=none),
+        record(layer="c", status="everywhere", interval_note="clipped to [-1, 1]"),
+    ]
+    assert Report(0, records, Coverage(())).notes() == [
+        "nfa: everywhere (all layers)",
+        "nfa: only here (a)",
+        f"nfa: {none} (a, b)",
+        "nfa: clipped to [-1, 1] (c)",
+    ]
+
+
+def test_many_notes_are_counted() -> None:
+    """At most twelve lines unless asked for; what went wrong is never cut off."""
+    words = "abcdefghijklmno"
+    records = [record(layer=word, premise=f"odd {word}") for word in words]
+    made = Report(0, records, Coverage(()), {"faults": 1})
+    *notes, last, fault = made.notes()
+    assert notes == [f"nfa: odd {word} ({word})" for word in words[:11]]
+    assert last == "... and 4 more notes: report.explain(layer)"
+    assert fault.startswith("1 fault inside")
+    assert len(made.notes(limit=None)) == 16
+    assert len(made.notes(limit=15)) == 16
+    assert len(made.notes(limit=14)) == 15
 
 
 @pytest.mark.parametrize(
@@ -441,6 +611,21 @@ def test_text_of_a_report() -> None:
     parts = ["step 3", example().table(), *example().notes(), str(example().coverage)]
     positions = [text.index(part) for part in parts]
     assert positions == sorted(positions)
+
+
+def test_explain() -> None:
+    """The three sentences of feature_probe.reports.explanation, for a layer that is there."""
+    assert example().explain("fc") == explain(example(), "fc")
+    with pytest.raises(NotMeasuredError, match="no layer 'x'; layers: fc, head"):
+        example().explain("x")
+
+
+def test_diagnosis_of_a_layer() -> None:
+    """Looked up by name; without one the message lists the layers."""
+    one = Diagnosis("fc", state="far")
+    assert dataclasses.replace(example(), diagnoses=[one]).diagnosis("fc") is one
+    with pytest.raises(NotMeasuredError, match=r"no diagnosis of 'fc'; layers: fc, head"):
+        example().diagnosis("fc")
 
 
 def test_repr_does_not_print_matrices() -> None:

@@ -19,23 +19,48 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"errors"},
     # The mathematics: tensors in, tensors out.
     "theory.": {"errors", "theory."},
+    # How optimizers decay weights.
+    "optimizers.": {"errors", "optimizers."},
     # What a layer is.
     "layers.": {"errors", "models", "layers."},
     # What PyTorch hands over when the model runs.
     "capture.": {"errors", "models", "layers.", "capture."},
     # What was captured becomes sums, of one process and of all.
-    "sums.": {"errors", "theory.", "layers.", "capture.", "sums."},
+    "sums.": {"errors", "theory.", "optimizers.", "layers.", "capture.", "sums."},
     "processes.": {"errors", "models", "theory.", "layers.", "capture.", "sums.", "processes."},
     # The sums become records, the records a report, and the report goes somewhere.
-    "reports.": {"errors", "models", "theory.", "layers.", "sums.", "reports."},
+    "reports.": {"errors", "models", "theory.", "optimizers.", "layers.", "sums.", "reports."},
     "sinks.": {"errors", "theory.", "reports.", "sinks."},
+    # Wires the parts of the self-test together.
+    "selftest": {
+        "errors",
+        "theory.",
+        "layers.",
+        "capture.",
+        "sums.",
+        "processes.",
+        "reports.",
+    },
 }
 
 #: The entry points, which wire the rest together: free to import all of it, imported by none.
 WIRING = {"estimate", "probe", "measure", "__init__"}
 
 #: Modules that never see a Module.
-PURE = ("theory.relations", "theory.factored", "theory.agreement", "sums.moments", "sums.window")
+PURE = (
+    "theory.relations",
+    "theory.matrices",
+    "theory.factored",
+    "theory.spectra",
+    "theory.agreement",
+    "theory.levels",
+    "theory.ranks",
+    "theory.power",
+    "theory.uncertainty",
+    "theory.invariance",
+    "sums.moments",
+    "sums.window",
+)
 
 #: Never imported anywhere in the package: what users may not have, or have broken.
 NEVER = {"torchvision", "timm"}

@@ -96,7 +96,7 @@ class Watch:
             self._put_on()
         else:
             self._waiting = register_module_forward_pre_hook(_Waiting(self))
-            weakref.finalize(self, self._waiting.remove)
+            self._unwaited = weakref.finalize(self, self._waiting.remove)
 
     def disarm(self) -> None:
         """Tell of no more calls."""
@@ -159,6 +159,7 @@ class Watch:
         if self._waiting is not None:
             self._waiting.remove()
             self._waiting = None
+            self._unwaited.detach()  # or one would be kept for every step that is followed
 
     def compiled(self) -> str | None:
         """What of the model, or around it, is compiled, in words; None if nothing is."""

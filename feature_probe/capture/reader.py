@@ -39,6 +39,7 @@ class Reader:
         fired: Targets that were called at least once.
         weights: The effective weight last used by each intercepted target.
         problems: Why a target could not be read.
+        verifying: Whether the inputs of all layers are kept, so that gᵀh can be formed of each.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Reader:
         self.fired: set[int] = set()
         self.weights: dict[int, Tensor] = {}
         self.problems: dict[int, str] = {}
+        self.verifying = False
         self._targets = discovery.targets
         self._resolver = WeightResolver(model, discovery)
         self._gathered = gathered
@@ -218,7 +220,8 @@ class Reader:
     ) -> tuple[Call, GradientEdge]:
         """The call that an output is of, with the hook put on."""
         anchor, tensor = Anchor.of(output)
-        call = Call(index, anchor, rows, *(source if self._keep_inputs else _NO_SOURCE))
+        kept = self._keep_inputs or self.verifying
+        call = Call(index, anchor, rows, *(source if kept else _NO_SOURCE))
         if self._current is not None:
             self._listen_at(self._current, call, tensor)
         return call, get_gradient_edge(tensor)
@@ -227,17 +230,17 @@ class Reader:
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Source:
         target = self._targets[index]
-        if target.parameter is not None and target.parameter.requires_grad:
-            return _NO_SOURCE
         gradient = partial(target.rule.input_gradient_matrix, module)
+        if target.parameter is not None and target.parameter.requires_grad:
+            return _spare(_first_tensor(args, kwargs), gradient) if self.verifying else _NO_SOURCE
         return _source(_first_tensor(args, kwargs), gradient)
 
     def _product_source(self, index: int, use: FunctionalUse) -> Source:
         target = self._targets[index]
+        gradient = partial(use.geometry.weight_gradient, target.rule, target.module)
         own = target.parameter
         if own is not None and self._resolver.parameter(use.weight) is own and own.requires_grad:
-            return _NO_SOURCE
-        gradient = partial(use.geometry.weight_gradient, target.rule, target.module)
+            return _spare(use.inputs, gradient) if self.verifying else _NO_SOURCE
         return _source(use.inputs, gradient)
 
     def _functional_source(
@@ -245,13 +248,23 @@ class Reader:
     ) -> Source:
         parameter = self._targets[index].parameter
         if parameter is not None and parameter.requires_grad:
-            return _NO_SOURCE
+            return _spare(use.inputs, gradient) if self.verifying else _NO_SOURCE
         return _source(use.inputs, gradient)
 
 
 def _source(inputs: Tensor, gradient: Callable[[Tensor, Tensor], Tensor]) -> Source:
     held = inputs.detach()
     return held, held._version, gradient
+
+
+def _spare(inputs: Tensor, gradient: Callable[[Tensor, Tensor], Tensor]) -> Source:
+    """The same for a layer whose parameter has the gradient: what follows must not depend on it.
+
+    Under autocast a layer saves a cast copy of its input, so that the model may change the input in
+    place; else autograd itself would refuse that.
+    """
+    autocast = torch.is_autocast_enabled(inputs.device.type)
+    return _source(inputs.detach().clone() if autocast else inputs, gradient)
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

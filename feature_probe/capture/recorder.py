@@ -203,6 +203,7 @@ class Recorder:
         """Whether more is asked for than the gradients of known parameters."""
         return (
             self.products
+            or self.reader.verifying
             or self._inject_leaf
             or self._discovery.undecided
             or any(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,12 @@ from feature_probe.layers.targets import Discovery, Target
 from feature_probe.models import plain_name
 from feature_probe.reports.coverage import Coverage, Measured, ParameterCoverage
 from feature_probe.reports.decay import WeightDecay
-from feature_probe.reports.report import Record, Report
+from feature_probe.reports.diagnosis import Diagnosis
+from feature_probe.reports.doctor import Doctor
+from feature_probe.reports.intervals import Parts, with_intervals
+from feature_probe.reports.premises import Circumstances, texts
+from feature_probe.reports.record import Record
+from feature_probe.reports.report import Report
 from feature_probe.reports.scoring import (
     LayerFacts,
     OnFault,
@@ -37,9 +42,6 @@ NEVER_SEEN = (
 NEVER_USED = "no product with this weight was seen"
 #: Degrees of coverage, the worst last.
 _ORDER: tuple[Measured, ...] = ("all", "gradient only", "none")
-#: K within this relative distance of a multiple of the identity makes every NFA score a property
-#: of the weight alone.
-_TRIVIAL = 1e-6
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Assembler:
         gradient_scale: Factor on the mean gradient: the training batch size where the loss is a
             sum and the mean is over examples, else 1.
         on_fault: Called with what failed and where; may raise it. The report is made without it.
+        doctor: Who judges the layers.
     """
 
     model: nn.Module
@@ -64,6 +67,7 @@ class Assembler:
     decay: WeightDecay
     relations: Sequence[Relation]
     powers: Sequence[float]
+    doctor: Doctor
     gradient_scale: float = 1.0
     on_fault: OnFault = log_fault
 
@@ -80,6 +84,8 @@ class Assembler:
         *,
         keep: bool,
         weights: Mapping[int, Tensor] | None = None,
+        initial: Mapping[tuple[str, str], float] | None = None,
+        parts: Parts | None = None,
     ) -> Report:
         """Score every layer.
 
@@ -89,24 +95,50 @@ class Assembler:
             settings: What the report says about how it was measured.
             keep: Whether the report holds the matrices, with a copy of the weights.
             weights: Stored weights, by target, to be used in place of those as they stand now.
+            initial: The cosines at step 0, by layer and label, where they were seen.
+            parts: The window in groups, for intervals; None: there are none.
         """
         records: list[Record] = []
+        diagnoses: list[Diagnosis] = []
         statistics_by_layer: dict[str, LayerStatistics] = {}
         for index, target in enumerate(self.targets):
-            facts = LayerFacts(target.name, step, window.examples, window.layer(index).rows, {})
+            facts = self._facts(index, window, step)
+            diagnosis = Diagnosis(target.name)
             try:
                 statistics = self._statistics(index, window, keep, weights or {})
-                facts = replace(facts, premises=self._premises(index, statistics))
-                records += score_layer(
-                    facts, statistics, self.relations, self.powers, self.on_fault
+                found, diagnosis = self.doctor.examine(
+                    target, statistics, window, self._circumstances(index, window), step
                 )
+                facts = replace(facts, premises=texts(found))
+                scored = score_layer(facts, statistics, self.relations, self.powers, self.on_fault)
+                rest = () if parts is None else parts.left_out(index)
+                scored = with_intervals(
+                    scored,
+                    [self._statistics(index, part, False, weights or {}) for part in rest],
+                    parts,
+                    index,
+                    target.d_out,
+                    frozen=not self.doctor.in_training,
+                )
+                records += [
+                    self.doctor.judge(record, diagnosis, found, target, initial or {})
+                    for record in scored
+                ]
             except Exception as error:  # one layer's failure must not cost the others
                 self.on_fault(error, f"scoring layer {target.name!r}")
                 records += faulty_layer(facts, error, self.relations, self.powers)
                 statistics = self._nothing(target, fault_status(error))
+            diagnoses.append(diagnosis)
             statistics_by_layer[target.name] = statistics
         coverage = self._coverage(list(statistics_by_layer.values()))
-        return Report(step, records, coverage, settings, statistics_by_layer if keep else {})
+        return Report(
+            step,
+            records,
+            coverage,
+            settings,
+            diagnoses,
+            statistics=statistics_by_layer if keep else {},
+        )
 
     def _statistics(
         self, index: int, window: Window, copy: bool, weights: Mapping[int, Tensor]
@@ -120,6 +152,8 @@ class Assembler:
         jacobian, loss = (_mean(t, window.examples) for t in (moments.jacobian, moments.loss))
         if gradient is not None and index not in self.observer.reached and not gradient.any():
             gradient = None  # zeroed in place by the user, never filled
+        decay = self.decay.value(target, self._computed(index))
+        update = self.doctor.update(target, weight, decay)
         dtypes = [t.dtype for t in (gradient, jacobian, loss) if t is not None]
         problems = self.observer.problems | window.problems
         return LayerStatistics(
@@ -127,9 +161,10 @@ class Assembler:
             gradient=None if (index, "gradient") in problems else gradient,
             jacobian=None if (index, "jacobian") in problems else jacobian,
             loss=None if (index, "loss") in problems else loss,
-            weight_decay=self.decay.value(target, self._computed(index)),
+            weight_decay=decay,
             tolerance=clamp_tolerance(dtypes[0] if dtypes else sum_dtype(weight.dtype)),
             missing=self._missing(index, window),
+            update=update,
         )
 
     def _nothing(self, target: Target, reason: str) -> LayerStatistics:
@@ -140,7 +175,7 @@ class Assembler:
             loss=None,
             weight_decay=None,
             tolerance=0.0,
-            missing=dict.fromkeys(("gradient", "jacobian", "loss"), reason),
+            missing=dict.fromkeys(get_args(Sum), reason),
         )
 
     def _weight(self, index: int, weights: Mapping[int, Tensor]) -> Tensor:
@@ -179,9 +214,11 @@ class Assembler:
             general = NO_GRADIENT
         missing: dict[Sum, str] = {}
         asked = {relation.needs for relation in self.relations}
-        for needs in ("gradient", "jacobian", "loss"):
+        for needs in get_args(Sum):
             if needs not in asked:
                 missing[needs] = "not asked for"
+            elif needs == "update":
+                missing[needs] = self.doctor.no_update(self.targets[index])
             elif (index, needs) in problems:
                 missing[needs] = problems[index, needs]
             elif needs == "gradient" and general in (NEVER_CALLED, NEVER_USED):
@@ -190,22 +227,31 @@ class Assembler:
                 missing[needs] = general
         return missing
 
-    def _premises(self, index: int, statistics: LayerStatistics) -> dict[str, str]:
+    def _facts(self, index: int, window: Window, step: int) -> LayerFacts:
+        depths = self.observer.depths or {}
+        return LayerFacts(
+            self.targets[index].name,
+            step,
+            window.examples,
+            window.layer(index).rows,
+            form="window" if self.doctor.in_training else "snapshot",
+            depth=depths.get(index),
+        )
+
+    def _circumstances(self, index: int, window: Window) -> Circumstances:
         target = self.targets[index]
-        premises = {}
-        decay = self.decay.premise(target, self._computed(index))
-        if decay:
-            premises["gradient"] = decay
-        if target.groups == target.d_out == 1:
-            premises["jacobian"] = premises["loss"] = (
-                "trivial: with one output row any gradients give a full forward score"
-            )
-        elif index in self.observer.output_layers or _is_multiple_of_identity(statistics.jacobian):
-            premises["jacobian"] = (
-                "trivial: K is a multiple of the identity (last linear layer), so the score is a "
-                "property of the weight alone"
-            )
-        return premises
+        users = [other for other in self.targets if other.parameter is target.parameter]
+        parts = {other.part for other in users}
+        return Circumstances(
+            computed=self._computed(index),
+            frozen=self._frozen(index),
+            output=index in self.observer.output_layers,
+            shared=bool(target.aliases)
+            or index in self.observer.repeated
+            or (target.parameter is not None and len(users) > len(parts)),
+            rows=target.groups * target.d_out,
+            sampling=self.observer.sampling_error(target.d_out, window.examples),
+        )
 
     def _coverage(self, statistics: Sequence[LayerStatistics]) -> Coverage:
         measured_by: dict[int, list[int]] = {}
@@ -229,7 +275,7 @@ class Assembler:
         return Coverage(tuple(entries))
 
     def _degree(self, statistics: LayerStatistics) -> tuple[Measured, str]:
-        asked = dict.fromkeys(relation.needs for relation in self.relations)
+        asked = dict.fromkeys(r.needs for r in self.relations if r.needs != "update")
         absent = [needs for needs in asked if statistics.sum(needs) is None]
         if not absent:
             return "all", ""
@@ -273,12 +319,3 @@ def _mean(total: Tensor | None, count: float, scale: float = 1.0) -> Tensor | No
     if total is None or count == 0:
         return None
     return total * (scale / count)
-
-
-def _is_multiple_of_identity(matrix: Tensor | None) -> bool:
-    if matrix is None or matrix.shape[-1] < 2:
-        return False
-    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    gap = torch.linalg.vector_norm(matrix - mean[:, None, None] * identity)
-    return bool(gap <= _TRIVIAL * torch.linalg.vector_norm(matrix))

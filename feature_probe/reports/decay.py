@@ -6,14 +6,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from feature_probe.errors import ConfigurationError
 from feature_probe.layers.targets import Discovery, Target
+from feature_probe.optimizers.behaviour import DecayBehaviour, decay_behaviour
+from feature_probe.reports.diagnosis import DecayForm
+from feature_probe.reports.stationarity import Momentum
 
-#: Optimizers whose decay is decoupled whatever their groups say.
-_DECOUPLED = frozenset({"AdamW", "NAdamW", "SGDW", "Lion", "Muon"})
+#: What takes the place of FACT and bFACT where the decay is decoupled.
+UPDATE_RELATIONS = ("update_fact", "update_bfact")
+#: How far a λ that was given may lie from the optimizer's, relatively, and be the same.
+_SAME = 1e-6
 
 
 class WeightDecay:
@@ -49,62 +53,115 @@ class WeightDecay:
             target: The layer.
             computed: Whether its W is computed from other parameters, on which the decay acts.
         """
-        if isinstance(self._given, float):
-            return self._given
-        if target.name in self._given:
-            return self._given[target.name]
-        group = self._group(target.parameter)
-        if group is None or computed:
+        given = self._given_value(target)
+        if given is not None:
+            return given
+        group = self.group(target)
+        if not group or computed:
             return None
-        decay = group.get("weight_decay", 0.0)
-        return float(decay)
+        return float(group.get("weight_decay") or 0.0)
 
-    def premise(self, target: Target, computed: bool) -> str:
-        """Why an equality with λ may not be expected to hold for this layer, or ""."""
-        if computed:
-            return (
-                "the weight is computed from other parameters, on which the decay acts: "
-                "FACT need not hold for it"
-            )
-        if target.parameter is not None and not target.parameter.requires_grad:
-            return "frozen: training does not drive it to stationarity"
-        group = self._group(target.parameter)
-        if group is None:
+    def default_relations(self) -> tuple[str, ...]:
+        """The relations to measure where none are asked for, by how the optimizers decay."""
+        decoupled = any(
+            decay_behaviour(optimizer, group).form == "decoupled"
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+        )
+        return ("fact", "bfact", *(UPDATE_RELATIONS if decoupled else ()), "nfa", "enfa")
+
+    def form(self, target: Target) -> DecayForm:
+        """How the decay of a layer's weight acts."""
+        behaviour = self.behaviour(target)
+        if behaviour is not None:
+            return behaviour.form
+        return "unknown" if self._optimizers else "given"
+
+    def behaviour(self, target: Target) -> DecayBehaviour | None:
+        """How the layer's optimizer decays weights; None where none holds its weight."""
+        optimizer, group = self.holder(target), self.group(target)
+        return None if optimizer is None else decay_behaviour(optimizer, group)
+
+    def momentum(self, target: Target) -> Momentum | None:
+        """SGD's settings for a layer; None for other optimizers."""
+        optimizer, group = self.holder(target), self.group(target)
+        if not isinstance(optimizer, SGD) or type(optimizer).step is not SGD.step:
+            return None
+        return Momentum(
+            float(group["momentum"]), float(group["dampening"]), bool(group["nesterov"])
+        )
+
+    def gradient_premise(self, target: Target) -> str:
+        """Why the optimizer's way with weight decay keeps FACT from holding, or ""."""
+        behaviour, name = self.behaviour(target), type(self.holder(target)).__name__
+        if behaviour is None:
             return "not held by the optimizer" if self._optimizers else ""
-        name = type(self._holder(target.parameter)).__name__
-        if group.get("weight_decay") and (
-            name in _DECOUPLED or group.get("decoupled_weight_decay", False)
-        ):
+        if behaviour.form == "decoupled":
             return (
-                f"decoupled weight decay ({name}): FACT in its gradient form need not hold, "
-                "residual and decay ratio do not apply"
+                f"decoupled weight decay ({name}): at rest the update, not the gradient, balances "
+                "the decay, so that FACT in its gradient form need not hold; read update_fact"
             )
-        if self.value(target, computed) and not group.get("weight_decay"):
-            return (
-                f"λ was given, but {name} applies none: where the loss itself holds (λ/2)‖W‖², its "
-                "gradient contains λW and FACT cannot be read from it (measure() without that term)"
-            )
-        return ""
+        if behaviour.form == "unknown":
+            return behaviour.reason
+        if behaviour.form == "none":
+            if self.value(target, computed=False):
+                return (
+                    f"λ was given, but {name} applies none: where the loss itself holds "
+                    "(λ/2)‖W‖², its gradient contains λW and FACT cannot be read from it "
+                    "(measure() without that term)"
+                )
+            return "no weight decay: nothing balances the gradient at rest"
+        given, own = self._given_value(target), float(self.group(target)["weight_decay"])
+        if given is not None and abs(given - own) > _SAME * own:
+            return f"λ was given as {given:g}, but {name} applies {own:g}"
+        return self._several(target)
+
+    def update_premise(self, target: Target) -> str:
+        """Why the update form of FACT is not the one to read, or ""."""
+        behaviour, name = self.behaviour(target), type(self.holder(target)).__name__
+        if behaviour is None or behaviour.form == "unknown":
+            return self.gradient_premise(target) or "no optimizer, and so no update, was seen"
+        if behaviour.form == "decoupled":
+            return self._several(target)
+        if behaviour.form == "none":
+            return "no weight decay: nothing balances the update at rest"
+        return f"coupled weight decay ({name}): at rest the gradient balances the decay; read fact"
+
+    def group(self, target: Target) -> Mapping[str, Any]:
+        """The optimizer's group that holds a layer's weight; empty if none does."""
+        holder = self.holder(target)
+        for group in () if holder is None else holder.param_groups:
+            if any(target.parameter is held for held in group["params"]):
+                return group
+        return {}
+
+    def holder(self, target: Target) -> Optimizer | None:
+        """The optimizer that trains a layer's weight."""
+        holders = self._holders(target)
+        return holders[0] if holders else None
 
     def sign(self, target: Target) -> float:
         """−1 where the optimizer maximises: the loss it minimises is then minus the user's."""
-        group = self._group(target.parameter)
-        return -1.0 if group is not None and group.get("maximize", False) else 1.0
+        return -1.0 if self.group(target).get("maximize", False) else 1.0
 
-    def _group(self, parameter: nn.Parameter | None) -> Mapping[str, Any] | None:
-        holder = self._holder(parameter)
-        for group in () if holder is None else holder.param_groups:
-            if any(parameter is held for held in group["params"]):
-                return group
-        return None
+    def _holders(self, target: Target) -> list[Optimizer]:
+        return [
+            optimizer
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            if any(target.parameter is held for held in group["params"])
+        ]
 
-    def _holder(self, parameter: nn.Parameter | None) -> Optimizer | None:
-        """The optimizer that trains a parameter."""
-        for optimizer in () if parameter is None else self._optimizers:
-            for group in optimizer.param_groups:
-                if any(parameter is held for held in group["params"]):
-                    return optimizer
-        return None
+    def _several(self, target: Target) -> str:
+        """Whether several optimizers decay one weight."""
+        if len(self._holders(target)) < 2:
+            return ""
+        return "several optimizers hold the weight: no one λ is that of its loss"
+
+    def _given_value(self, target: Target) -> float | None:
+        if isinstance(self._given, float):
+            return self._given
+        return self._given.get(target.name)
 
     def _check(self, discovery: Discovery) -> None:
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
@@ -117,7 +174,7 @@ class WeightDecay:
                 "the model was copied or moved?"
             )
         for group in groups:
-            _number(group.get("weight_decay", 0.0), "the optimizer's weight_decay")
+            _number(group.get("weight_decay") or 0.0, "the optimizer's weight_decay")
 
 
 def _parse(

@@ -2,114 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from feature_probe.errors import ConfigurationError, NotMeasuredError
 from feature_probe.reports.coverage import Coverage
-from feature_probe.reports.phrases import align, layer_note, loss_notes
-from feature_probe.theory.relations import (
-    GRAM_MATRICES,
-    RELATIONS,
-    LayerMatrices,
-    LayerStatistics,
+from feature_probe.reports.diagnosis import Diagnosis
+from feature_probe.reports.explanation import explain
+from feature_probe.reports.phrases import (
+    JUDGED_SCORES,
+    STATE_WORDS,
+    cell,
+    column,
+    level_legend,
+    loss_notes,
+    record_notes,
+    ruled,
+    verdict_legend,
 )
-
-_FLOATS = (
-    "pearson",
-    "cosine",
-    "trace_free_cosine",
-    "chance_cosine",
-    "shared_weight_cosine",
-    "residual",
-    "scale",
-    "weight_decay",
-    "stationarity",
-    "decay_ratio",
-    "cosine_low",
-    "cosine_high",
-)
-#: The scores of a record that lie on the scale of an agreement, for tables and charts.
-SCORES = ("pearson", "cosine", "trace_free_cosine")
-
-
-@dataclass(frozen=True)
-class Record:
-    """One relation's agreement with one layer's weight at one step. Undefined numbers are NaN.
-
-    Attributes:
-        layer: Name as in ``model.named_modules()``.
-        relation: Name in :data:`feature_probe.RELATIONS`.
-        power: s of AGOPˢ, None where the relation has none.
-        step: Optimizer steps taken before the weights that were measured.
-        pearson: Pearson's r between the entries of the two matrices (inside blocks).
-        cosine: Their cosine ⟨A, X⟩/(‖A‖‖X‖).
-        trace_free_cosine: The cosine without the (tr/d)·I part of both.
-        chance_cosine: Cosine expected under a random rotation of the basis.
-        shared_weight_cosine: nfa and enfa: the cosine expected with the same W and random
-            eigenvectors of K or E; "not aligned" must be judged against this one. Else NaN.
-        residual: Equalities with λ > 0: ‖X − A‖_F/‖A‖_F with the true λ. Else NaN.
-        scale: Proportionalities: c of the best least-squares fit A ≈ c·X. Else NaN.
-        weight_decay: λ used; NaN where not known.
-        stationarity: ‖λW + G‖_F/‖λW‖_F of the layer, the error behind every FACT; NaN if λ = 0.
-        decay_ratio: λ̂/λ = −⟨W,G⟩/(λ‖W‖²) of the layer; NaN if λ = 0.
-        cosine_low: Lower end of an interval for the cosine; NaN, as none is computed yet.
-        cosine_high: Upper end, likewise.
-        premise: Why the relation may not be expected to hold here, in words; "" if nothing known.
-        n_examples: Examples behind the sums.
-        n_rows: Examples × positions × calls behind the sums.
-        n_kept: Eigenvalues above the clamp, where there is an eigenproblem, else None.
-        status: "ok", or why a number is missing.
-    """
-
-    layer: str
-    relation: str
-    power: float | None
-    step: int
-    pearson: float
-    cosine: float
-    trace_free_cosine: float
-    chance_cosine: float
-    shared_weight_cosine: float
-    residual: float
-    scale: float
-    weight_decay: float
-    stationarity: float
-    decay_ratio: float
-    cosine_low: float
-    cosine_high: float
-    premise: str
-    n_examples: int
-    n_rows: int
-    n_kept: int | None
-    status: str
-
-    @property
-    def label(self) -> str:
-        """The relation and its power, e.g. ``nfa^0.5``."""
-        return RELATIONS[self.relation].label(self.power)
-
-    @property
-    def level_by_chance(self) -> float:
-        """The cosine to judge this one by: with random eigenvectors of K or E, else rotated."""
-        shared = self.shared_weight_cosine
-        return self.chance_cosine if math.isnan(shared) else shared
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data; NaN becomes None, so that it is valid JSON."""
-        data = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return data | {name: None for name in _FLOATS if not math.isfinite(data[name])}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Record:
-        """The way back from :meth:`to_dict`; None becomes NaN again."""
-        back: dict[str, Any] = dict(data)
-        back |= {name: math.nan for name in _FLOATS if back[name] is None}
-        return cls(**back)
+from feature_probe.reports.record import FLOATS, Record
+from feature_probe.theory.matrices import LayerMatrices
+from feature_probe.theory.relations import GRAM_MATRICES, RELATIONS, LayerStatistics
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +37,7 @@ class Report:
         records: One :class:`Record` per layer, relation and power, layers in model order.
         coverage: Which matrix parameters of the model these records speak for.
         settings: How it was measured (source, jacobian, positions, window, loss reduction).
+        diagnoses: One :class:`Diagnosis` per layer, in the same order.
         statistics: W and the normalised sums by layer, where they were kept, for :meth:`matrix`.
     """
 
@@ -128,6 +45,7 @@ class Report:
     records: list[Record]
     coverage: Coverage
     settings: Mapping[str, Any] = field(default_factory=dict)
+    diagnoses: Sequence[Diagnosis] = ()
     statistics: Mapping[str, LayerStatistics] = field(default_factory=dict, repr=False)
 
     @property
@@ -173,6 +91,17 @@ class Report:
             f"relations: {', '.join(self.labels)}"
         )
 
+    def diagnosis(self, layer: str) -> Diagnosis:
+        """What is known of a layer beside its scores.
+
+        Raises:
+            NotMeasuredError: if the report has none of it.
+        """
+        for diagnosis in self.diagnoses:
+            if diagnosis.layer == layer:
+                return diagnosis
+        raise NotMeasuredError(f"no diagnosis of {layer!r}; layers: {', '.join(self.layers)}")
+
     def matrix(self, layer: str, kind: str, power: float | None = None) -> Tensor:
         """A layer's matrix in full, float64: memory quadratic in its side.
 
@@ -210,34 +139,44 @@ class Report:
         return dense[0] if dense.shape[0] == 1 else dense
 
     def table(self, score: str = "cosine") -> str:
-        """A text table, layers by relations, of one score; a cosine with its level by chance.
+        """A text table, layers by relations, of one score.
+
+        A cosine stands with its level by chance, a score of agreement with its verdict in a word
+        (``str(report)`` says what the words mean), and behind them the layer's state where known.
 
         Raises:
             ConfigurationError: if a record has no such score.
         """
-        if score not in _FLOATS:
-            raise ConfigurationError(f"unknown score {score!r}; choose from {', '.join(_FLOATS)}")
-        header = ["layer", *self.labels]
-        cells = {(record.layer, record.label): record for record in self.records}
-        rows = [
-            [layer, *(_cell(cells.get((layer, label)), score) for label in self.labels)]
-            for layer in self.layers
-        ]
-        return align([header, *rows])
+        if score not in FLOATS:
+            raise ConfigurationError(f"unknown score {score!r}; choose from {', '.join(FLOATS)}")
+        records = {(record.layer, record.label): record for record in self.records}
+        width = max(map(len, ["layer", *self.layers]))
+        columns = [[name.ljust(width) for name in ["layer", *self.layers]]]
+        for label in self.labels:
+            cells = [cell(records.get((layer, label)), score) for layer in self.layers]
+            columns.append(column(label, cells))
+        if score in JUDGED_SCORES and (states := self._states()):
+            columns.append(["state", *(states.get(layer, "") for layer in self.layers)])
+        return ruled(columns)
 
-    def notes(self) -> list[str]:
-        """What a reader of the table must know: statuses and premises, each with its layers.
+    def notes(self, limit: int | None = 12) -> list[str]:
+        """What a reader of the table must know: statuses, premises and reasons, with their layers.
 
-        Then what of the run is not in the numbers, where there is anything (``settings``).
+        What concerns all layers comes first; then what of the run is not in the numbers, where
+        there is anything (``settings``).
+
+        Args:
+            limit: Most lines on records, the last one counting the rest; None for all.
         """
-        found: dict[str, dict[str, None]] = {}
-        for record in self.records:
-            texts = [record.status] if record.status != "ok" else []
-            texts += [record.premise] if record.premise else []
-            for text in texts:
-                found.setdefault(f"{record.relation}: {text}", {})[record.layer] = None
-        notes = [layer_note(text, list(layers), len(self.layers)) for text, layers in found.items()]
-        return notes + loss_notes(self.settings)
+        return record_notes(self.records, limit) + loss_notes(self.settings)
+
+    def explain(self, layer: str) -> str:
+        """Three sentences on one layer: what holds, what cannot be said and why, what to do.
+
+        Raises:
+            NotMeasuredError: if the report has no such layer.
+        """
+        return explain(self, layer)
 
     def __str__(self) -> str:
         frozen = self.settings.get("source") == "measure"
@@ -246,8 +185,11 @@ class Report:
             f"{when if frozen else f'step {self.step}'}: cosine with the weight's Gram matrix, "
             "1 = full agreement"
         )
-        legend = "in brackets the level by chance: " + "; ".join(_legend(self.records))
-        return "\n".join([title, self.table(), legend, *self.notes(), str(self.coverage)])
+        legends = [level_legend(self.records), verdict_legend(self.records)]
+        if self._states():
+            legends.append("state: has training brought the layer to rest, decay balanced by data?")
+        said = [line for line in legends if line]
+        return "\n".join([title, self.table(), *said, *self.notes(), str(self.coverage)])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, JSON-ready (NaN as None); the matrices are not part of it."""
@@ -255,6 +197,7 @@ class Report:
             "step": self.step,
             "settings": dict(self.settings),
             "coverage": self.coverage.to_dict(),
+            "layers": [diagnosis.to_dict() for diagnosis in self.diagnoses],
             "records": [record.to_dict() for record in self.records],
         }
 
@@ -266,6 +209,7 @@ class Report:
             records=[Record.from_dict(record) for record in data["records"]],
             coverage=Coverage.from_dict(data["coverage"]),
             settings=dict(data["settings"]),
+            diagnoses=[Diagnosis.from_dict(layer) for layer in data.get("layers", ())],
         )
 
     def _kept(self, layer: str) -> LayerStatistics:
@@ -278,19 +222,9 @@ class Report:
             )
         raise NotMeasuredError(f"no layer {layer!r}; layers: {', '.join(self.layers)}")
 
-
-def _cell(record: Record | None, score: str) -> str:
-    if record is None:
-        return ""
-    value = float(getattr(record, score))
-    if math.isnan(value):
-        return "-"
-    return f"{value:.3f}" + (f" ({record.level_by_chance:.2f})" if score == "cosine" else "")
-
-
-def _legend(records: Sequence[Record]) -> list[str]:
-    """Which level stands in brackets for which relations."""
-    shared = [r.relation for r in records if not math.isnan(r.shared_weight_cosine)]
-    rotated = [r.relation for r in records if r.relation not in shared]
-    said = {"a random rotation": rotated, "the same W with random gradient directions": shared}
-    return [f"{', '.join(dict.fromkeys(names))}: {how}" for how, names in said.items() if names]
+    def _states(self) -> dict[str, str]:
+        """Each layer's state for the table; nothing where none is known."""
+        states = {diagnosis.layer: diagnosis.state for diagnosis in self.diagnoses}
+        if set(states.values()) <= {"cannot tell"}:
+            return {}
+        return {layer: STATE_WORDS.get(state, state) for layer, state in states.items()}

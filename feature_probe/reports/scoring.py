@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from feature_probe.reports.report import Record
-from feature_probe.theory.agreement import Agreement, compare, shared_weight_cosine, undefined
-from feature_probe.theory.relations import LayerMatrices, LayerStatistics, Relation, Sum
+from feature_probe.reports.record import Record
+from feature_probe.theory.agreement import Agreement, compare, undefined
+from feature_probe.theory.levels import ChanceLevel, shared_weight_level
+from feature_probe.theory.matrices import LayerMatrices
+from feature_probe.theory.power import FittedPower, fitted_power, power_cosine
+from feature_probe.theory.relations import LayerStatistics, Relation, Sum
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +36,17 @@ class LayerFacts:
         examples: n behind the sums.
         rows: Rows behind the sums.
         premises: Why relations needing a sum may not be expected to hold, by the sum's name.
+        form: Of FACT: "snapshot" or "window".
+        depth: L − l + 1, the layer's number from the output in a chain of layers; None elsewhere.
     """
 
     layer: str
     step: int
     examples: int
     rows: int
-    premises: Mapping[str, str]
+    premises: Mapping[Sum, str] = field(default_factory=dict)
+    form: str = "snapshot"
+    depth: int | None = None
 
 
 def log_fault(error: Exception, where: str) -> None:
@@ -61,11 +70,15 @@ def score_layer(
     matrices = LayerMatrices(statistics)
     missing = {needs: _missing(statistics, needs) for needs in {r.needs for r in relations}}
 
+    @cache
+    def fit(relation: Relation) -> Fit:
+        return _fit(statistics, matrices, relation)
+
     def scores(relation: Relation, power: float | None) -> _Scores:
         if missing[relation.needs]:
             return _Scores(undefined(missing[relation.needs]))
         try:
-            return _scores(statistics, matrices, relation, power)
+            return _scores(statistics, matrices, relation, power, fit, facts.depth)
         except Exception as error:  # one number's failure must not cost the others
             on_fault(error, f"scoring layer {facts.layer!r}")
             return _Scores(undefined(fault_status(error)))
@@ -80,9 +93,13 @@ def faulty_layer(
     facts: LayerFacts, error: Exception, relations: Sequence[Relation], powers: Sequence[float]
 ) -> list[Record]:
     """The records of a layer whose sums or weight could not even be read: all NaN, with why."""
-    scores = _Scores(undefined(fault_status(error)))
+    status = fault_status(error)
     return [
-        _record(facts, relation, power, _NAN, scores)
+        replace(
+            _record(facts, relation, power, _NAN, _Scores(undefined(status))),
+            verdict="undefined",
+            because=status,
+        )
         for relation, power in _asked(relations, powers)
     ]
 
@@ -98,11 +115,14 @@ def fault_status(error: Exception) -> str:
 @dataclass(frozen=True)
 class _Scores:
     agreement: Agreement
-    shared: float = _NAN
+    shared: ChanceLevel | None = None
     residual: float = _NAN
+    r_squared: float = _NAN
     stationarity: float = _NAN
     decay_ratio: float = _NAN
     kept: int | None = None
+    fitted: FittedPower | None = None
+    depth_cosine: float = _NAN
 
 
 def _asked(
@@ -120,7 +140,8 @@ def _record(
     decay: float | None,
     scores: _Scores,
 ) -> Record:
-    agreement = scores.agreement
+    agreement, shared, fitted = scores.agreement, scores.shared, scores.fitted
+    has_depth = relation.has_power and facts.depth is not None
     return Record(
         layer=facts.layer,
         relation=relation.name,
@@ -130,7 +151,7 @@ def _record(
         cosine=agreement.cosine,
         trace_free_cosine=agreement.trace_free_cosine,
         chance_cosine=agreement.chance_cosine,
-        shared_weight_cosine=scores.shared,
+        shared_weight_cosine=_NAN if shared is None else shared.cosine,
         residual=scores.residual,
         scale=_NAN if relation.is_equality else agreement.scale,
         weight_decay=_NAN if decay is None else decay,
@@ -142,8 +163,24 @@ def _record(
         n_examples=facts.examples,
         n_rows=facts.rows,
         n_kept=scores.kept,
-        status=_status(relation, decay, agreement.reason),
+        status=_status(relation, decay, _told(agreement)),
+        off_diagonal_pearson=agreement.off_diagonal_pearson,
+        spearman=agreement.spearman,
+        r_squared=scores.r_squared,
+        chance_spread=agreement.chance_spread if shared is None else shared.spread,
+        fitted_power=_NAN if fitted is None else fitted.power,
+        fitted_power_low=_NAN if fitted is None else fitted.flat_low,
+        fitted_power_high=_NAN if fitted is None else fitted.flat_high,
+        fitted_cosine=_NAN if fitted is None else fitted.cosine,
+        depth_power=1 / facts.depth if has_depth and facts.depth else _NAN,
+        depth_cosine=scores.depth_cosine,
+        form=_form(relation, facts.form),
     )
+
+
+def _form(relation: Relation, form: str) -> str:
+    """Which form of FACT a record is of."""
+    return {"gradient": form, "update": "update"}.get(relation.needs, "")
 
 
 def _scores(
@@ -151,24 +188,74 @@ def _scores(
     matrices: LayerMatrices,
     relation: Relation,
     power: float | None,
+    fit: Callable[[Relation], Fit],
+    depth: int | None,
 ) -> _Scores:
     agreement = compare(matrices.gram(relation), matrices.prediction(relation, power))
+    r_squared = matrices.r_squared(relation, power)
     if relation.is_equality:
         return _Scores(
             agreement,
             residual=matrices.residual(relation),
-            stationarity=matrices.stationarity(),
-            decay_ratio=matrices.decay_ratio(),
+            r_squared=r_squared,
+            stationarity=matrices.stationarity(relation.needs),
+            decay_ratio=matrices.decay_ratio(relation.needs),
         )
-    shared = _NAN
+    shared = None
     if relation.side == "forward":
-        shared = shared_weight_cosine(
-            matrices.input_rows[0],
-            matrices.curvature_values(relation.needs),
-            1.0 if power is None else power,
-            statistics.tolerance,
-        )
-    return _Scores(agreement, shared, kept=matrices.spectrum(relation).kept)
+        shared = _level(statistics, matrices, relation, 1.0 if power is None else power)
+    fitted = fit(relation)
+    return _Scores(
+        agreement,
+        shared,
+        r_squared=r_squared,
+        kept=matrices.spectrum(relation).kept,
+        fitted=fitted.power,
+        depth_cosine=_NAN if depth is None else fitted.cosine(1 / depth),
+    )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The power that fits best, and the cosine at any other.
+
+    Attributes:
+        power: ŝ and its cosine.
+        cosine: C(s).
+    """
+
+    power: FittedPower
+    cosine: Callable[[float], float]
+
+
+def _fit(statistics: LayerStatistics, matrices: LayerMatrices, relation: Relation) -> Fit:
+    values, quotients, norm = matrices.power_inputs(relation)
+
+    def level(power: float) -> float:
+        if relation.side == "forward":
+            return _level(statistics, matrices, relation, power).cosine
+        return compare(matrices.gram(relation), matrices.prediction(relation, power)).chance_cosine
+
+    return Fit(
+        fitted_power(values, quotients, norm, level),
+        lambda power: power_cosine(values, quotients, norm, power),
+    )
+
+
+def _level(
+    statistics: LayerStatistics, matrices: LayerMatrices, relation: Relation, power: float
+) -> ChanceLevel:
+    """What the same W gets with random eigenvectors of K or E."""
+    values = matrices.curvature_values(relation.needs)
+    rows = matrices.input_rows[0]
+    return shared_weight_level(rows, values, power, statistics.tolerance)
+
+
+def _told(agreement: Agreement) -> str:
+    """Why a number is missing; that a 2 × 2 matrix has one entry off its diagonal is no news."""
+    if math.isnan(agreement.pearson) or math.isnan(agreement.trace_free_cosine):
+        return agreement.reason
+    return ""
 
 
 def _status(relation: Relation, decay: float | None, reason: str) -> str:

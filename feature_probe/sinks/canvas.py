@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from feature_probe.sinks.palette import UNDEFINED, colourise
+from feature_probe.sinks.palette import Colour, Pattern, colourise
 
 Box = tuple[int, int, int, int]
-Colour = tuple[int, int, int]
 
 INK: Colour = (25, 25, 25)
 FAINT: Colour = (95, 95, 95)
 PAPER: Colour = (255, 255, 255)
 TEXT, TITLE = 25, 31
 _TICK = 8
+# Width of a pattern's lines and their distance: they outlast being drawn at half the size.
+_LINE, _PERIOD = 4, 14
+_Cell = TypeVar("_Cell", np.uint8, np.int64)
 
 
 class Canvas:
@@ -46,10 +49,18 @@ class Canvas:
         """Paint ``values`` into ``box`` on the scale [−limit, limit], framed, cells not blurred."""
         left, top, right, bottom = box
         if values.size:
-            rows = np.arange(bottom - top) * values.shape[0] // (bottom - top)
-            columns = np.arange(right - left) * values.shape[1] // (right - left)
-            colours = colourise(values, limit)[rows][:, columns]
+            colours = _stretched(colourise(values, limit), box)
             self._image.paste(Image.fromarray(colours), (left, top))
+        self._draw.rectangle((left - 1, top - 1, right, bottom), outline=FAINT)
+
+    def patterns(self, codes: NDArray[np.int64], choice: Sequence[Pattern], box: Box) -> None:
+        """Paint cells of ``box`` with the pattern that their code chooses; none where it is -1."""
+        left, top, right, bottom = box
+        size = (right - left, bottom - top)
+        for code in np.unique(codes[codes >= 0]).tolist():
+            here = _stretched((codes == code).astype(np.uint8) * np.uint8(255), box)
+            sheet = _sheet(choice[code], *size)
+            self._image.paste(sheet, (left, top), Image.fromarray(here))
         self._draw.rectangle((left - 1, top - 1, right, bottom), outline=FAINT)
 
     def left_ticks(self, box: Box, labels: Sequence[str], width: int) -> None:
@@ -93,9 +104,30 @@ class Canvas:
         self.text((left, bottom + 6), f"-{limit:.3g}")
         self.text((right, bottom + 6), f"{limit:.3g}", anchor="ra")
 
-    def swatch(self, box: Box) -> None:
-        """A patch in the colour of undefined numbers."""
-        self._draw.rectangle(box, fill=UNDEFINED, outline=FAINT)
+    def swatch(self, box: Box, pattern: Pattern) -> None:
+        """A framed patch of a pattern."""
+        self.patterns(np.zeros((1, 1), dtype=np.int64), [pattern], box)
+
+
+def _stretched(cells: NDArray[_Cell], box: Box) -> NDArray[_Cell]:
+    """One entry a pixel of ``box``; cells are not blurred."""
+    left, top, right, bottom = box
+    rows = np.arange(bottom - top) * cells.shape[0] // (bottom - top)
+    columns = np.arange(right - left) * cells.shape[1] // (right - left)
+    stretched: NDArray[_Cell] = cells[rows][:, columns]
+    return stretched
+
+
+@lru_cache(maxsize=32)
+def _sheet(pattern: Pattern, width: int, height: int) -> Image.Image:
+    """A sheet of this size in a pattern."""
+    colours = np.empty((height, width, 3), dtype=np.uint8)
+    colours[:] = pattern.fill
+    if pattern.lines is not None:
+        y, x = np.indices((height, width), dtype=np.int32)
+        slant = x + y if pattern.is_rising else x - y
+        colours[slant % _PERIOD < _LINE] = pattern.lines
+    return Image.fromarray(colours)
 
 
 @lru_cache(maxsize=8192)

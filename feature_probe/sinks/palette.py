@@ -1,5 +1,6 @@
-"""The one colour map of every picture: diverging, centred at 0, uniform in OKLab.
+"""The colours of every picture: one map for numbers, one set of patterns for verdicts.
 
+The map is diverging, centred at 0, uniform in OKLab.
 Blue is negative, near-white is 0, orange to dark red-brown is positive. Lightness falls with the
 same speed on both sides, so the map also reads in greyscale; blue against orange is the pair that
 all common kinds of colour blindness keep apart.
@@ -7,6 +8,8 @@ all common kinds of colour blindness keep apart.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -14,6 +17,54 @@ from numpy.typing import NDArray
 
 #: Colour of an undefined number: a mid grey, which the map itself never takes.
 UNDEFINED = (150, 150, 150)
+Colour = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What a cell without a number is filled with: one colour, or lines on it.
+
+    Attributes:
+        fill: The colour.
+        lines: Colour of slanted lines on it, None for none.
+        is_rising: Whether the lines rise to the right.
+    """
+
+    fill: Colour
+    lines: Colour | None = None
+    is_rising: bool = True
+
+
+#: Not applicable or undefined, in the pictures of scores.
+GREY = Pattern(UNDEFINED)
+#: A score that is no evidence: grey like what has none, and hatched.
+HATCHED = Pattern(UNDEFINED, (250, 250, 250))
+_WEAK = Pattern((246, 246, 246), (185, 185, 185))
+_NO_NUMBER = Pattern(UNDEFINED, (45, 45, 45), is_rising=False)
+_DARK_BLUE, _BLUE = Pattern((10, 58, 120)), Pattern((44, 116, 190))
+_AMBER, _RED = Pattern((244, 178, 60)), Pattern((168, 54, 14))
+#: Verdicts, in the order of a legend. What may stand in one picture differs in lightness or in its
+#: lines, so that it can be told apart in greyscale and under every colour blindness.
+VERDICT_PATTERNS: Mapping[str, Pattern] = {
+    "holds": _DARK_BLUE,
+    "approaching": _BLUE,
+    "not yet": _AMBER,
+    "aligned": _DARK_BLUE,
+    "at chance": _AMBER,
+    "below chance": _RED,
+    "trivial": HATCHED,
+    "not applicable": GREY,
+    "cannot tell": _WEAK,
+    "undefined": _NO_NUMBER,
+}
+#: States of a layer, likewise.
+STATE_PATTERNS: Mapping[str, Pattern] = {
+    "at stationarity": _DARK_BLUE,
+    "approaching": _BLUE,
+    "far": _AMBER,
+    "not applicable": GREY,
+    "cannot tell": _WEAK,
+}
 _HALF = 128
 _CENTRE = (0.97, 0.0, 0.0)
 # Nodes of the two arms in OKLCh: lightness, chroma, hue in degrees.

@@ -1,17 +1,25 @@
-"""The pictures of a report: scores over layers and steps, a layer's matrices side by side."""
+"""The pictures of a report: scores and verdicts over layers and steps, a layer's matrices."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from feature_probe.errors import NotMeasuredError
-from feature_probe.reports.report import Record, Report
-from feature_probe.sinks.heatmap import Pixels, render_heatmap, render_matrices
+from feature_probe.reports.record import Record
+from feature_probe.reports.report import Report
+from feature_probe.sinks.heatmap import (
+    Pixels,
+    render_categories,
+    render_heatmap,
+    render_matrices,
+)
 from feature_probe.sinks.history import StepHistory
+from feature_probe.sinks.palette import STATE_PATTERNS, VERDICT_PATTERNS, Pattern
+from feature_probe.sinks.verdicts import SILENT, TRIVIAL
 from feature_probe.sinks.wording import SCORE_NAMES, layer_name, question
 
 #: The matrices of a matrix picture: caption, relation or Gram matrix, power.
@@ -24,7 +32,11 @@ _MATRICES = (
 
 
 def heatmap_picture(records: Sequence[Record], history: StepHistory, score: str) -> Pixels:
-    """One relation's scores, layers × the reports so far, with the chance level beside them."""
+    """One relation's scores, layers × the reports so far, with the chance level beside them.
+
+    Grey where the verdict of that step was "not applicable" or "undefined", hatched where it was
+    "trivial".
+    """
     chance = None
     if score == "cosine":
         levels = {layer_name(record.layer): record.level_by_chance for record in records}
@@ -36,6 +48,41 @@ def heatmap_picture(records: Sequence[Record], history: StepHistory, score: str)
         title=question(records[0]),
         subtitle=f"{SCORE_NAMES[score]}: 1 = same up to a factor, 0 = unrelated",
         chance=chance,
+        grey=history.codes(sorted(SILENT - {TRIVIAL})) >= 0,
+        hatched=history.codes([TRIVIAL]) >= 0,
+    )
+
+
+def verdict_picture(records: Sequence[Record], history: StepHistory) -> Pixels:
+    """One relation's verdicts, layers × the reports so far."""
+    return _words_picture(
+        history,
+        VERDICT_PATTERNS,
+        title=question(records[0]),
+        subtitle="what may be concluded; the words are explained under TEXT",
+    )
+
+
+def state_picture(history: StepHistory) -> Pixels:
+    """The layers' states, layers × the reports so far."""
+    return _words_picture(
+        history,
+        STATE_PATTERNS,
+        title="state: has training brought the layers to rest?",
+        subtitle="where it has, weight decay and gradient balance and FACT must hold",
+    )
+
+
+def _words_picture(
+    history: StepHistory, patterns: Mapping[str, Pattern], *, title: str, subtitle: str
+) -> Pixels:
+    return render_categories(
+        history.codes(list(patterns)),
+        patterns,
+        layers=history.layers,
+        steps=history.steps,
+        title=title,
+        subtitle=subtitle,
     )
 
 

@@ -1,7 +1,8 @@
 """Reports as plain numbers for any logger: Lightning's, Trainer's, Weights & Biases, MLflow.
 
 One seam: ``log(numbers by tag, step)``. The tags are those of
-:class:`~feature_probe.sinks.tensorboard.TensorBoardSink`; an undefined number has no entry.
+:class:`~feature_probe.sinks.tensorboard.TensorBoardSink`; an undefined number has no entry, and
+what is not applicable or trivial is in no median.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 from feature_probe.errors import ConfigurationError
-from feature_probe.reports.report import SCORES, Report
+from feature_probe.reports.record import SCORES
+from feature_probe.reports.report import Report
 from feature_probe.sinks.series import ROOT, band_scalars, layer_scalars
 
-#: How much of a report is logged: medians over layers, their bands and chance levels too, or also
-#: every layer's own scores.
+#: How much of a report is logged: medians over layers, their bands, chance levels and shares of
+#: verdicts too, or also every layer's own scores.
 Detail = Literal["medians", "bands", "layers"]
 _DETAILS = ("medians", "bands", "layers")
 #: Takes numbers by tag, its own to keep, and the step they belong to.
@@ -39,8 +41,9 @@ class ScalarSink:
 
         Args:
             log: Called once a report with a dictionary of floats and ``report.step``.
-            detail: "medians" over layers and the stationarity; "bands": also the 10th and 90th
-                percentiles, chance levels and the trace-free cosine; "layers": also every layer.
+            detail: "medians" over layers, of scores and of how far training has come; "bands": also
+                the 10th and 90th percentiles, chance levels, the trace-free cosine and shares of
+                verdicts; "layers": also every layer.
             score: "cosine", "pearson" or "trace_free_cosine".
 
         Raises:

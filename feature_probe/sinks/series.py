@@ -2,7 +2,9 @@
 
 Tags: only the first path segment groups cards in TensorBoard, so the few series a reader starts
 with (medians) stand in ``feature_probe``, what the charts need beside them in
-``feature_probe.bands``. With a dot, as TensorBoard sorts "_" like "/" and would show that first.
+``feature_probe.bands`` and ``feature_probe.verdicts``. With a dot, as TensorBoard sorts "_" like
+"/" and would show that first. Trivial, not applicable and undefined records
+(:data:`feature_probe.sinks.verdicts.SILENT`) are in no median, band or distribution.
 """
 
 from __future__ import annotations
@@ -15,13 +17,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from feature_probe.reports.report import Record, Report
+from feature_probe.reports.record import Record
+from feature_probe.reports.report import Report
+from feature_probe.sinks.verdicts import can_rest, diagnoses_by_layer, goal, speaking
 from feature_probe.sinks.wording import SCORE_NAMES, layer_name
 from feature_probe.theory.relations import RELATIONS
 
 ROOT = "feature_probe"
 STATIONARITY = "stationarity"
 TRACE_FREE = "trace_free_cosine"
+DECAY_AGE, DECAY_RATIO = "decay_age", "decay_ratio"
+#: λ̂/λ with what minibatch noise takes from it: 1 at rest, for SGD.
+BALANCE = "decay_ratio_plus_fluctuation"
 _BINS = 40
 # TensorBoard gives all lines of a run one colour and no legend.
 _HOVER = "hover over a line for its name"
@@ -56,9 +63,19 @@ def band_tag(quantity: str, label: str, level: str) -> str:
     return "/".join(part for part in (f"{ROOT}.bands", quantity, label, level) if part)
 
 
-def layer_tag(record: Record, score: str) -> str:
-    """Tag of one layer's score; a slash in a name would open a group of its own."""
-    return f"{ROOT}.layers.{layer_name(record.layer).replace('/', '.')}/{record.label}_{score}"
+def share_tag(label: str) -> str:
+    """Tag of the share of applicable layers for which a relation has come true."""
+    return f"{ROOT}.verdicts/{label}_share_{goal(label)}"
+
+
+def count_tag(label: str) -> str:
+    """Tag of the number of applicable layers: those behind a relation's share and its medians."""
+    return f"{ROOT}.verdicts/{label}_applicable_layers"
+
+
+def layer_tag(layer: str, quantity: str) -> str:
+    """Tag of one layer's number; a slash in a name would open a group of its own."""
+    return f"{ROOT}.layers.{layer_name(layer).replace('/', '.')}/{quantity}"
 
 
 def charted_scores(score: str) -> tuple[str, ...]:
@@ -75,9 +92,13 @@ def by_label(report: Report) -> dict[str, list[Record]]:
 
 
 def band_scalars(report: Report, score: str) -> dict[str, float]:
-    """Percentiles over layers by tag; what is undefined in every layer has no entry."""
+    """Percentiles over layers by tag, and how many layers there are of which verdict.
+
+    What is undefined or not applicable in every layer has no entry.
+    """
     scalars: dict[str, float] = {}
-    for label, records in by_label(report).items():
+    for label, all_records in by_label(report).items():
+        records = speaking(all_records)
         for charted in charted_scores(score):
             values = [float(getattr(record, charted)) for record in records]
             scalars |= _band(_band_tags(charted, label, charted == score), values)
@@ -86,23 +107,64 @@ def band_scalars(report: Report, score: str) -> dict[str, float]:
             levels = defined([r.level_by_chance for r in records if math.isfinite(r.cosine)])
             if levels.size:
                 scalars[band_tag(score, label, "chance")] = float(np.median(levels))
-    distances = list(stationarity_by_layer(report).values())
-    return scalars | _band(_band_tags(STATIONARITY, "", True), distances)
+        if records:
+            reached = sum(record.verdict == goal(label) for record in records)
+            scalars[share_tag(label)] = reached / len(records)
+            scalars[count_tag(label)] = float(len(records))
+    resting = resting_numbers(report)
+    scalars |= _band(_band_tags(STATIONARITY, "", True), resting[STATIONARITY])
+    for quantity in (DECAY_AGE, DECAY_RATIO, BALANCE):
+        known = defined(resting[quantity])
+        if known.size:
+            scalars[median_tag(quantity)] = float(np.median(known))
+    return scalars
 
 
 def stationarity_by_layer(report: Report) -> dict[str, float]:
-    """Each layer's stationarity, from whichever of its records has it, else NaN."""
-    found: dict[str, float] = {}
+    """Each layer's stationarity, from its diagnosis or whichever of its records has it, else NaN.
+
+    The diagnosis knows the update where decay is decoupled, and is asked first.
+    """
+    diagnoses = diagnoses_by_layer(report)
+    found = {
+        layer: diagnoses[layer].stationarity if layer in diagnoses else math.nan
+        for layer in report.layers
+    }
     for record in report.records:
-        if math.isnan(found.get(record.layer, math.nan)):
+        if math.isnan(found[record.layer]):
             found[record.layer] = record.stationarity
     return found
 
 
+def resting_numbers(report: Report) -> dict[str, list[float]]:
+    """How far layers are from rest: stationarity, decay age, λ̂/λ without and with fluctuation.
+
+    Of layers that can come to rest. The decay age also of scale-invariant ones: of any that decay.
+    """
+    diagnoses = diagnoses_by_layer(report)
+    resting = [layer for layer in report.layers if can_rest(diagnoses.get(layer))]
+    known = [diagnoses[layer] for layer in resting if layer in diagnoses]
+    distances = stationarity_by_layer(report)
+    return {
+        STATIONARITY: [distances[layer] for layer in resting],
+        DECAY_AGE: [d.decay_age for d in report.diagnoses if d.decay_form != "none"],
+        DECAY_RATIO: [d.decay_ratio for d in known],
+        BALANCE: [d.decay_ratio + d.fluctuation for d in known],
+    }
+
+
 def layer_scalars(report: Report, score: str) -> dict[str, float]:
-    """Every layer's defined scores by tag."""
-    scores = {layer_tag(record, score): float(getattr(record, score)) for record in report.records}
-    return {tag: value for tag, value in scores.items() if np.isfinite(value)}
+    """Every layer's defined scores, whatever their verdicts, and its rest, by tag."""
+    scalars = {
+        layer_tag(record.layer, f"{record.label}_{score}"): float(getattr(record, score))
+        for record in report.records
+    }
+    for layer, distance in stationarity_by_layer(report).items():
+        scalars[layer_tag(layer, STATIONARITY)] = distance
+    for found in report.diagnoses:
+        scalars[layer_tag(found.layer, DECAY_AGE)] = found.decay_age
+        scalars[layer_tag(found.layer, BALANCE)] = found.decay_ratio + found.fluctuation
+    return {tag: value for tag, value in scalars.items() if math.isfinite(value)}
 
 
 def histogram(values: Sequence[float]) -> Histogram | None:
@@ -149,8 +211,18 @@ def custom_scalars_layout(labels: Sequence[str], score: str = "cosine") -> Layou
             )
             for label in labels
         }
+    shares = _share_charts(labels)
+    layout[f"{ROOT}: for which share of the applicable layers is it true? ({_HOVER})"] = shares
     layout[f"{ROOT}: |decay*W + G| / |decay*W| (0 = stationary, where FACT must hold)"] = {
         STATIONARITY: _margin(STATIONARITY, "", True)
+    }
+    layout[f"{ROOT}: how far has training come? (medians over layers; {_HOVER})"] = {
+        "decay age: decay alone leaves exp(-age) of the initial W": _multiline(
+            [median_tag(DECAY_AGE)]
+        ),
+        "decay found / decay set, alone and with its fluctuation (1 = at rest)": _multiline(
+            [median_tag(DECAY_RATIO), median_tag(BALANCE)]
+        ),
     }
     return layout
 
@@ -175,6 +247,16 @@ def _account_charts(labels: Sequence[str], score: str) -> dict[str, Chart]:
         if len(chosen) > 1:
             tags = [median_tag(score, label) for label in chosen]
             charts[f"accounts of {gram}"] = _multiline(tags)
+    return charts
+
+
+def _share_charts(labels: Sequence[str]) -> dict[str, Chart]:
+    """One chart of equalities, whose verdict is to be "holds", and one of proportionalities."""
+    charts: dict[str, Chart] = {}
+    for reached, kind in (("holds", "equalities"), ("aligned", "proportionalities")):
+        tags = [share_tag(label) for label in labels if goal(label) == reached]
+        if tags:
+            charts[f"{kind}: share of layers with the verdict '{reached}'"] = _multiline(tags)
     return charts
 
 

@@ -14,9 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feature_probe.errors import ConfigurationError, FeatureProbeError
-from feature_probe.reports.report import SCORES, Report
+from feature_probe.reports.record import SCORES
+from feature_probe.reports.report import Report
 from feature_probe.sinks.history import StepHistory
-from feature_probe.sinks.pictures import heatmap_picture, matrix_picture
+from feature_probe.sinks.pictures import (
+    heatmap_picture,
+    matrix_picture,
+    state_picture,
+    verdict_picture,
+)
 from feature_probe.sinks.restart import follow_mark, mark_restart
 from feature_probe.sinks.series import (
     ROOT,
@@ -25,9 +31,11 @@ from feature_probe.sinks.series import (
     custom_scalars_layout,
     histogram,
     layer_scalars,
+    stationarity_by_layer,
 )
 from feature_probe.sinks.summary import summary_markdown
 from feature_probe.sinks.thinning import PARTS, Part, Thinning
+from feature_probe.sinks.verdicts import speaking
 from feature_probe.sinks.wording import layer_name
 
 if TYPE_CHECKING:
@@ -41,14 +49,18 @@ class TensorBoardSink:
 
     - Scalars, Time Series: ``feature_probe/<label>_median_<score>`` and, for the charts,
       ``feature_probe.bands/...``: median and 10th and 90th percentile over layers of the score and
-      of the trace-free cosine, the chance level of the cosine, and the stationarity.
+      of the trace-free cosine, the chance level of the cosine, and the stationarity;
+      ``feature_probe/median_<...>`` of decay age and λ̂/λ, without and with its fluctuation;
+      ``feature_probe.verdicts/...``: for which share of how many applicable layers it is true.
     - Custom Scalars: the same as bands, accounts against each other, cosine against chance.
-    - Images: ``feature_probe.heatmaps/<score>/<label>``, layers × all steps so far.
+    - Images: ``feature_probe.heatmaps/<score>/<label>``, layers × all steps so far;
+      ``.../verdict/<label>`` and ``.../state`` likewise, in the colours of verdicts and states.
     - Distributions, Histograms: ``feature_probe.distributions/<score>/<label>``, over layers.
     - Text: ``feature_probe/summary``, the last table, what its numbers mean, and its gaps.
 
-    An undefined score is left out of percentiles and histograms, grey in pictures, a dash in the
-    table, and never 0. Pictures and table are written at the first five reports, then whenever the
+    A score that is undefined or, by its verdict, not applicable or trivial is left out of
+    percentiles and histograms, and grey in pictures. An undefined one is a dash in the table, and
+    never 0. Pictures and table are written at the first five reports, then whenever the
     run has 20 % more of them; distributions and curves in full for the first 50 and 1000 reports,
     then thinned (:mod:`feature_probe.sinks.thinning`): TensorBoard shows no more of them anyway,
     and so the event file grows with the logarithm of the run. On ``close`` all parts of the last
@@ -103,6 +115,7 @@ class TensorBoardSink:
         self._writes_layout = layout
         self._laid_out: tuple[str, ...] = ()
         self._histories: dict[str, StepHistory] = {}
+        self._states = StepHistory()
         self._thinning = Thinning()
         self._latest: Report | None = None
         self._owed: list[Part] = []
@@ -154,6 +167,7 @@ class TensorBoardSink:
         return {
             "thinning": self._thinning.state_dict(),
             "histories": {label: kept.state_dict() for label, kept in self._histories.items()},
+            "states": self._states.state_dict(),
         }
 
     def resume(self, step: int, state: Mapping[str, Any]) -> None:
@@ -176,12 +190,20 @@ class TensorBoardSink:
         self._thinning = Thinning.from_state(state.get("thinning", {}))
         histories = state.get("histories", {})
         self._histories = {label: StepHistory.from_state(kept) for label, kept in histories.items()}
+        states = state.get("states")
+        self._states = StepHistory() if states is None else StepHistory.from_state(states)
 
     def _remember(self, report: Report) -> list[Part]:
         """Take the report into the pictures; the parts of it that are due."""
         for label, records in by_label(report).items():
             scores = {layer_name(r.layer): float(getattr(r, self._score)) for r in records}
-            self._histories.setdefault(label, StepHistory()).add(report.step, scores)
+            verdicts = {layer_name(r.layer): r.verdict for r in records}
+            self._histories.setdefault(label, StepHistory()).add(report.step, scores, verdicts)
+        if report.diagnoses:
+            distances = stationarity_by_layer(report)
+            numbers = {layer_name(layer): number for layer, number in distances.items()}
+            states = {layer_name(found.layer): found.state for found in report.diagnoses}
+            self._states.add(report.step, numbers, states)
         # Without matrices to draw, none are kept alive until the next picture.
         self._latest = report if self._patterns else replace(report, statistics={})
         due = self._thinning.next()
@@ -217,7 +239,7 @@ class TensorBoardSink:
 
     def _write_histograms(self, report: Report) -> None:
         for label, records in by_label(report).items():
-            scores = [float(getattr(record, self._score)) for record in records]
+            scores = [float(getattr(record, self._score)) for record in speaking(records)]
             self._write_histogram(label, scores, report.step)
 
     def _write_histogram(self, label: str, scores: list[float], step: int) -> None:
@@ -239,9 +261,15 @@ class TensorBoardSink:
         """What is large and cumulative: the table, the heatmaps, the matrices."""
         text = summary_markdown(report, self._score)
         self._writer.add_text(f"{ROOT}/summary", text, report.step)
+        pictures = {}
         for label, records in by_label(report).items():
-            picture = heatmap_picture(records, self._histories[label], self._score)
-            tag = f"{ROOT}.heatmaps/{self._score}/{label}"
+            history = self._histories[label]
+            pictures[f"{self._score}/{label}"] = heatmap_picture(records, history, self._score)
+            pictures[f"verdict/{label}"] = verdict_picture(records, history)
+        if report.diagnoses:
+            pictures["state"] = state_picture(self._states)
+        for name, picture in pictures.items():
+            tag = f"{ROOT}.heatmaps/{name}"
             self._writer.add_image(tag, picture, report.step, dataformats="HWC")
         for layer in self._matrix_layers(report):
             matrices = matrix_picture(report, layer)

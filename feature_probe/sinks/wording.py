@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from feature_probe.reports.report import Record
+from feature_probe.reports.record import Record
 from feature_probe.theory.relations import RELATIONS, Relation
 
 #: What each relation predicts, in ASCII for pictures; the power is appended.
@@ -13,6 +13,8 @@ PREDICTIONS: Mapping[str, str] = {
     "fact_sym": "sqrt(FACT FACT^T)",
     "bfact": "bFACT",
     "bfact_sym": "sqrt(bFACT bFACT^T)",
+    "update_fact": "update FACT",
+    "update_bfact": "update bFACT",
     "nfa": "AGOP",
     "enfa": "eNFA",
     "bnfa": "bAGOP",

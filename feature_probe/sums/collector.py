@@ -11,9 +11,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from feature_probe.layers.targets import Target
+from feature_probe.optimizers.behaviour import decay_behaviour
 from feature_probe.sums.observer import Observer
 from feature_probe.sums.state import NamedWindow
 from feature_probe.sums.stepping import LossScale, Ownership, StepScale, step_scale
+from feature_probe.sums.trajectory import Trajectory
+from feature_probe.sums.verification import Evidence
 from feature_probe.sums.window import Window
 
 
@@ -26,9 +29,12 @@ class Collector:
         optimizers: The user's; the last one ends a step. Empty: every call ends one.
         loss_scale: As given by the user.
         gradients: Whether G is asked for.
+        updates: Whether the mean update is, of layers whose decay is decoupled.
 
     Attributes:
+        evidence: For the self-test; None: none is gathered.
         window: What was summed since :meth:`start`.
+        trajectory: What the weights did meanwhile.
         spoiled: Set when a hook failed in this step, so that its sums are incomplete.
     """
 
@@ -40,14 +46,19 @@ class Collector:
         loss_scale: LossScale,
         *,
         gradients: bool,
+        updates: bool = False,
     ) -> None:
         self.window = Window()
+        self.trajectory = Trajectory()
         self.spoiled = False
+        self.evidence: Evidence | None = None
         self._targets = targets
         self._observer = observer
         self._optimizers = optimizers
         self._loss_scale = loss_scale
         self._gradients = gradients
+        self._updates = updates
+        self._decoupled: set[int] = set()
         self._ownership = Ownership(targets, optimizers)
         if len(optimizers) > 1:
             own = self._ownership
@@ -60,6 +71,13 @@ class Collector:
         self._not_taken: Tensor | None = None
         self._skipped_now: Tensor | None = None
         self._resumed: NamedWindow | None = None
+        #: of the ledger, before a step that is followed for the self-test alone
+        self._aside: tuple[int, bool] | None = None
+
+    @property
+    def verifying(self) -> bool:
+        """Whether the next step is followed for the self-test."""
+        return self.evidence is not None and self.evidence.active
 
     @property
     def weights(self) -> Mapping[int, Tensor]:
@@ -69,6 +87,13 @@ class Collector:
     def start(self) -> None:
         """An empty window."""
         self.window, self._resumed = Window(), None
+        self.trajectory.start()
+        self._decoupled = {
+            id(group)
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            if self._updates and decay_behaviour(optimizer, group).form == "decoupled"
+        }
         self._since.clear()
 
     def state_dict(self) -> dict[str, Any]:
@@ -84,6 +109,7 @@ class Collector:
             named.problems |= self._resumed.problems
         return {
             "window": named.state_dict(),
+            "trajectory": self.trajectory.state_dict(),
             "not_taken": 0 if self._not_taken is None else int(self._not_taken),
             "seen": self._observer.state_dict(),
         }
@@ -91,9 +117,22 @@ class Collector:
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go on with the window of :meth:`state_dict`, in place of this one."""
         self.start()
+        self._aside = None
         self._resumed = NamedWindow.from_state(state["window"])
+        self.trajectory.load_state_dict(state["trajectory"])
         self._not_taken = torch.tensor(state["not_taken"]) if state["not_taken"] else None
         self._observer.load_state_dict(state["seen"])
+
+    def expect(self, *, in_window: bool) -> None:
+        """Another step begins: follow it for the self-test too, or for that alone.
+
+        What a step outside the windows counted is undone, so that reports do not depend on it.
+        """
+        ledger, verifying = self._observer.ledger, self.verifying
+        if self._aside is not None:
+            ledger.passes, ledger.holding = self._aside
+        self._aside = (ledger.passes, ledger.holding) if verifying and not in_window else None
+        ledger.verifying = self._observer.recorder.reader.verifying = verifying
 
     def forget_step(self) -> None:
         """Drop what is known of a step that has not ended."""
@@ -104,6 +143,7 @@ class Collector:
         """Drop the step that ends now, and say so."""
         self.forget_step()
         self.window.left_out += 1
+        self._missed()
 
     def count(self, optimizer: Optimizer | None) -> None:
         """An optimizer is about to step, in a window or not; nothing waits for the device.
@@ -158,7 +198,8 @@ class Collector:
     def nbytes(self) -> int:
         """Bytes of all sums held: of the window, and of the step that has not ended."""
         parts = sum(part.nbytes() for _, part, _ in self._parts)
-        return self.window.nbytes() + parts + self._observer.ledger.nbytes()
+        sums = self.window.nbytes() + parts + self._observer.ledger.nbytes()
+        return sums + self.trajectory.nbytes()
 
     @property
     def _names(self) -> list[str]:
@@ -189,7 +230,10 @@ class Collector:
         parts, self._parts = self._parts, []
         if self.spoiled:
             self.spoiled = False
-            self.window.left_out += 1
+            self.window.left_out += self._aside is None
+            self._missed()
+            return
+        if self._aside is not None:
             return
         fresh.steps = 1
         if not fresh.examples:  # it trains no measured layer
@@ -212,7 +256,15 @@ class Collector:
             parameter = target.parameter
             if parameter is None or self._ownership.trainer(index) != number:
                 continue
-            if not self._observer.recorder.reader.uses_parameter(index):
+            own = self._observer.recorder.reader.uses_parameter(index)
+            formed = window.layer(index).take_gradient() if own else None
+            if self.verifying and not self.spoiled:
+                self._verify(index, target, number, formed, scale, own=own)
+            if self._aside is not None:
+                continue
+            if self._gradients or self._updates:
+                self._follow(target, number, scale)
+            if not own:
                 continue  # gᵀh of the step's calls, formed as they arrived
             if keep:
                 self._weights[index] = parameter.detach().clone()
@@ -222,6 +274,51 @@ class Collector:
                 window.layer(index).add_gradient(
                     gradient if unscaled else gradient / scale.gradient
                 )
+
+    def _verify(
+        self,
+        index: int,
+        target: Target,
+        number: int,
+        formed: Tensor | None,
+        scale: StepScale,
+        *,
+        own: bool,
+    ) -> None:
+        """Note the three sources of one layer's gradient; a failure ends the self-test alone."""
+        evidence, group = self.evidence, self._ownership.group(target.parameter)
+        if evidence is None:
+            return
+        optimizer = self._optimizers[number] if group else None
+        unusable = "" if own else "its W is computed: the parameter's gradient is not that of W"
+        if target.parameter is not None and not target.parameter.requires_grad:
+            unusable = "it is frozen"
+        problem = self._observer.recorder.reader.problems.get(index, "")
+        problem = problem or self._observer.problems.get((index, "loss"), "")
+        followed = self._observer.ledger.followed
+        try:
+            evidence.read(
+                index, target, formed, followed, scale, optimizer, group, unusable, problem
+            )
+        except Exception as error:  # told by stepped()
+            evidence.stop(error)
+
+    def _missed(self) -> None:
+        if self.evidence is not None and self.evidence.active:
+            self.evidence.missed()
+
+    def _follow(self, target: Target, number: int, scale: StepScale) -> None:
+        """Note the weight and the gradient of one step."""
+        group = self._ownership.group(target.parameter)
+        optimizer = self._optimizers[number] if group else None
+        self.trajectory.step(
+            target,
+            optimizer,
+            group,
+            scale=-scale.gradient if group.get("maximize") else scale.gradient,
+            taken=scale.taken,
+            keep_sum=id(group) in self._decoupled,
+        )
 
 
 def _add(window: Window, step: Window, taken: Tensor | None) -> None:

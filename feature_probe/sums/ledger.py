@@ -18,13 +18,14 @@ scale. So a step accumulated from a forward passes, each with its loss divided b
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from feature_probe.capture.passes import Call, ForwardPass
-from feature_probe.sums.staging import Stage, Task
+from feature_probe.sums.staging import Followed, Stage, Task
 from feature_probe.sums.window import Window
 
 Positions = Literal["expand", "reduce"]
@@ -50,6 +51,8 @@ class Ledger:
         passes: Forward passes that counted since the beginning.
         holding: Whether gradients are held back until the step, as several backward passes have
             reached one forward pass.
+        verifying: Whether gᵀh arrives of every layer, to be verified.
+        followed: Of the step that was committed last, while verifying.
     """
 
     def __init__(self, reduction: Reduction, positions: Positions) -> None:
@@ -57,6 +60,8 @@ class Ledger:
         self._reduction = reduction
         self._positions = positions
         self.holding = False
+        self.verifying = False
+        self.followed = Followed()
         self._tasks: dict[int, Task] = {}
         self._discarded = 0
         self._aside: list[Task] = []
@@ -119,6 +124,8 @@ class Ledger:
         moments = into.window.layer(call.index)
         if weight_gradient is not None:
             moments.add_gradient(weight_gradient)
+        if self.verifying:
+            self._follow(into.followed, forward, call, rows, weight_gradient)
         if not loss:
             return
         if self._positions == "reduce":
@@ -166,14 +173,22 @@ class Ledger:
             self._discarded += stage.drop()
         if last:
             self._take_aside(stage)
-        passes = len(stage.forwards)
+        passes, followed = len(stage.forwards), stage.followed
+        sizes = tuple(forward.examples for forward in stage.forwards)
         window = stage.take(self._scale)
         factor: float | Tensor = 1.0 / loss_scale
         for moments in window.layers:
             if moments.gradient is not None:
                 moments.gradient.mul_(factor)
                 moments.gradient_weight = 1.0
-        window.scale_loss((factor * passes if self._reduction == "mean" else factor) ** 2)
+        scale = self._step_scale(passes, factor)
+        window.scale_loss(scale**2)
+        self.followed = replace(
+            followed,
+            weighted={index: total * scale for index, total in followed.weighted.items()},
+            passes=passes,
+            sizes=sizes,
+        )
         if last:
             window.discarded, self._discarded = self._discarded, 0
         return window
@@ -242,6 +257,30 @@ class Ledger:
             reached = {call.index for task in aside for call in task.delivered}
             stage.withhold(reached, "loss", UNCLEAR)
             stage.withhold(reached, "jacobian", UNCLEAR)
+
+    def _follow(
+        self,
+        followed: Followed,
+        forward: ForwardPass,
+        call: Call,
+        rows: Tensor,
+        weight_gradient: Tensor | None,
+    ) -> None:
+        if torch.finfo(rows.dtype).bits < 32:
+            followed.coarse.add(call.index)
+        if weight_gradient is None or call.inputs is None:
+            followed.missing.add(call.index)
+            return
+        sizes = torch.linalg.vector_norm(rows), torch.linalg.vector_norm(call.inputs.float())
+        fresh = Followed(
+            weighted={call.index: weight_gradient * self._scale(forward)},
+            reach={call.index: sizes[0].float() * sizes[1]},
+        )
+        followed.merge(fresh, lambda _: True)
+
+    def _step_scale(self, passes: int, factor: float | Tensor) -> float | Tensor:
+        """Factor of a step on all its per-example gradients: a/S with "mean", 1/S with "sum"."""
+        return factor * passes if self._reduction == "mean" else factor
 
     def _scale(self, forward: ForwardPass) -> float:
         return float(forward.examples) if self._reduction == "mean" else 1.0

@@ -53,6 +53,11 @@ class Moments:
             self.gradient.add_(gradient.detach(), alpha=weight)
         self.gradient_weight += weight
 
+    def take_gradient(self) -> Tensor | None:
+        """Σ w·G, which is empty here afterwards."""
+        gradient, self.gradient, self.gradient_weight = self.gradient, None, 0.0
+        return gradient
+
     def add_outer(self, kind: Outer, rows: Tensor, scale: float = 1.0) -> None:
         """Add scale² Σ r rᵀ over the rows r, per group.
 
@@ -83,6 +88,17 @@ class Moments:
         self.loss = _added(self.loss, other.loss)
         self.jacobian_rows += other.jacobian_rows
         self.loss_rows += other.loss_rows
+
+    def without(self, other: Moments) -> Moments:
+        """The sums less those of a part of them, in tensors of their own."""
+        return Moments(
+            gradient=_less(self.gradient, other.gradient),
+            gradient_weight=self.gradient_weight - other.gradient_weight,
+            jacobian=_less(self.jacobian, other.jacobian),
+            loss=_less(self.loss, other.loss),
+            jacobian_rows=self.jacobian_rows - other.jacobian_rows,
+            loss_rows=self.loss_rows - other.loss_rows,
+        )
 
     def take_counts(self) -> Moments:
         """The counts alone, which are zero here afterwards."""
@@ -153,6 +169,12 @@ def reduced_precision(device: torch.device) -> bool:
     if setting is None:  # before torch 2.9
         return torch.get_float32_matmul_precision() != "highest"
     return setting not in ("none", "ieee")
+
+
+def _less(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None:
+        return None
+    return a.clone() if b is None else a - b
 
 
 def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:

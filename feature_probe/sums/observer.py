@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from feature_probe.capture.chain import remaining_depths
 from feature_probe.capture.passes import Anchor, Call, ForwardPass
 from feature_probe.capture.recorder import Recorder
 from feature_probe.capture.sharding import unreduced
@@ -93,6 +95,9 @@ class Observer:
         problems: Why a sum of a target cannot be measured, by (target, sum).
         edges: Out of training, the gradient edges since the last :meth:`take`.
         output_layers: Targets whose own output is f, so that K is the identity.
+        repeated: Targets that one forward pass used more than once, so that K contains W.
+        depths: Where the targets form a chain, the number of each from the output, 1 the last; None
+            until a pass was seen.
     """
 
     def __init__(
@@ -113,13 +118,15 @@ class Observer:
             keep_inputs="gradient" in settings.needs,
             inject_leaf=inject_leaf,
             entrance=entrance,
-            products=bool(settings.needs - {"gradient"}),
+            products=bool(settings.needs - {"gradient", "update"}),
             in_training=in_training,
         )
         self.reached: set[int] = set()
         self.problems: dict[tuple[int, Sum], str] = {}
         self.edges: list[GradientEdge] = []
         self.output_layers: set[int] = set()
+        self.repeated: set[int] = set()
+        self.depths: dict[int, int] | None = None
         self.ledger = Ledger(settings.loss_reduction, settings.positions)
         self.model = model
         self._targets = discovery.targets
@@ -150,6 +157,7 @@ class Observer:
             "fired": [names[index] for index in sorted(recorder.reader.fired)],
             "reached": [names[index] for index in sorted(self.reached)],
             "output_layers": [names[index] for index in sorted(self.output_layers)],
+            "repeated": [names[index] for index in sorted(self.repeated)],
             "problems": [[names[i], needs, why] for (i, needs), why in self.problems.items()],
         }
 
@@ -160,9 +168,22 @@ class Observer:
         self.recorder.reader.fired |= {index[name] for name in state["fired"] if name in index}
         self.reached |= {index[name] for name in state["reached"] if name in index}
         self.output_layers |= {index[name] for name in state["output_layers"] if name in index}
+        self.repeated |= {index[name] for name in state["repeated"] if name in index}
         for name, needs, why in state["problems"]:
             if name in index:
                 self.problems[index[name], needs] = why
+
+    def sampling_error(self, width: int, examples: int) -> float:
+        """How far, relatively, random probes of a multiple of the identity lie from it; 0: exact.
+
+        Args:
+            width: d_out.
+            examples: n.
+        """
+        settings = self._settings.jacobian
+        if settings.kind == "exact":
+            return 0.0
+        return math.sqrt((width - 1) / max(examples * settings.num_probes, 1))
 
     def on_fault(self, error: Exception, where: str) -> None:
         """Hand a hook's failure on."""
@@ -254,6 +275,9 @@ class Observer:
         f = select_output(output, self._settings.output)
         forward.examples = f.shape[0]
         forward.applied = Counter(call.index for call in calls)
+        self.repeated |= {index for index, times in forward.applied.items() if times > 1}
+        if self.depths is None and f.requires_grad and calls:
+            self.depths = remaining_depths(f, calls, edges)
         if "jacobian" in self._settings.needs:
             self._settings.jacobian.check(f)
             if f.requires_grad and calls:

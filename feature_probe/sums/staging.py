@@ -13,6 +13,36 @@ from feature_probe.sums.window import Window
 from feature_probe.theory.relations import Sum
 
 
+@dataclass
+class Followed:
+    """What a step that is verified shows beside its sums, by target.
+
+    Attributes:
+        weighted: Σ s·gᵀh over the calls, s the factor of their forward pass in E; at last that of
+            the step is in it too, so that it is Σ_i g_i h_iᵀ with the g_i of E.
+        reach: Σ ‖g‖‖h‖ over the calls, of which the rounding of Σ gᵀh is a multiple.
+        missing: Targets with a call whose gᵀh was not to be had.
+        coarse: Targets with a gradient that arrived in less than float32.
+        passes: Forward passes of the step.
+        sizes: Their numbers of examples.
+    """
+
+    weighted: dict[int, Tensor] = field(default_factory=dict)
+    reach: dict[int, Tensor] = field(default_factory=dict)
+    missing: set[int] = field(default_factory=set)
+    coarse: set[int] = field(default_factory=set)
+    passes: int = 0
+    sizes: tuple[int, ...] = ()
+
+    def merge(self, other: Followed, mine: Callable[[int], bool]) -> None:
+        """Add another's, of the targets asked for; its tensors may be shared."""
+        for held, others in ((self.weighted, other.weighted), (self.reach, other.reach)):
+            for index in filter(mine, others):
+                held[index] = held[index] + others[index] if index in held else others[index]
+        self.missing |= set(filter(mine, other.missing))
+        self.coarse |= set(filter(mine, other.coarse))
+
+
 @dataclass(eq=False)
 class Task:
     """One backward pass: what it delivered, sums formed as it arrived or gradients held back.
@@ -23,6 +53,7 @@ class Task:
         delivered: Rows that arrived, by call.
         held: Gradients whose outer products wait for more backward passes of the step.
         reduced: Gradients summed over the positions of each example, by pass and target.
+        followed: What verification needs of it.
         accumulated: The optimizers to whose parameters' gradients it added.
         ended: Whether it ran to its end.
         used: Whether an optimizer stepped with it.
@@ -34,6 +65,7 @@ class Task:
     delivered: dict[Call, int] = field(default_factory=dict)
     held: dict[Call, tuple[ForwardPass, Tensor]] = field(default_factory=dict)
     reduced: dict[tuple[ForwardPass, int], Tensor] = field(default_factory=dict)
+    followed: Followed = field(default_factory=Followed)
     accumulated: set[int] = field(default_factory=set)
     ended: bool = False
     used: bool = False
@@ -46,7 +78,7 @@ class Task:
     def release(self) -> None:
         """Let go of what was delivered; what became of the pass is still to be told."""
         self.window, self.forwards, self.delivered = Window(), {}, {}
-        self.held, self.reduced = {}, {}
+        self.held, self.reduced, self.followed = {}, {}, Followed()
 
 
 class Stage:
@@ -57,6 +89,7 @@ class Stage:
 
     Attributes:
         forwards: The forward passes they reached.
+        followed: What verification needs of them.
     """
 
     def __init__(self, mine: Callable[[int], bool]) -> None:
@@ -90,6 +123,7 @@ class Stage:
         for key, rows in task.reduced.items():
             if self._mine(key[1]):
                 self._reduced[key] = _sum(self._reduced.get(key), rows)
+        self.followed.merge(task.followed, self._mine)
         self._tasks.append(task)
         task.staged += 1
         return {call.index for call in again}
@@ -173,6 +207,7 @@ class Stage:
 
     def _start_again(self) -> None:
         self.forwards: dict[ForwardPass, None] = {}
+        self.followed = Followed()
         self._window = Window()
         self._tasks: list[Task] = []
         self._seen: weakref.WeakSet[Call] = weakref.WeakSet()

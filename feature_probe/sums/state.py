@@ -20,7 +20,7 @@ from feature_probe.sums.window import Window
 from feature_probe.theory.relations import Sum
 
 #: Changes when what is stored changes its meaning.
-FORMAT = 1
+FORMAT = 2
 _COUNTS = ("steps", "examples", "left_out", "discarded")
 _SHOWN = 4
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,10 +87,16 @@ def _calling_scaler() -> Any:
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
-    """The torch optimizer inside the wrappers of Accelerate, Lightning and the like."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+    """The torch optimizer inside the wrappers of Accelerate, Lightning, SAM and the like.
+
+    SAM's own ``step`` moves the weights away and back; its base optimizer is the one that steps.
+    """
+    while True:
+        held = (getattr(optimizer, name, None) for name in ("optimizer", "base_optimizer"))
+        inner = next((found for found in held if isinstance(found, Optimizer)), None)
+        if inner is None:
+            return optimizer
         optimizer = inner
-    return optimizer
 
 
 def parse_optimizers(given: Any) -> tuple[Optimizer, ...]:
@@ -144,16 +150,21 @@ class Ownership:
         self._targets = targets
         self._optimizers = optimizers
         self._holder: dict[int, int] = {}
+        self._group: dict[int, dict[str, Any]] = {}
         self.refresh()
 
     def refresh(self) -> None:
         """Read the optimizers' groups."""
-        self._holder = {
-            id(parameter): number
-            for number, optimizer in reversed(list(enumerate(self._optimizers)))
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
+        self._holder, self._group = {}, {}
+        for number, optimizer in reversed(list(enumerate(self._optimizers))):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    self._holder[id(parameter)] = number
+                    self._group[id(parameter)] = group
+
+    def group(self, parameter: Tensor | None) -> Mapping[str, Any]:
+        """The group of the optimizer that holds a parameter; empty if none does."""
+        return self._group.get(id(parameter), {})
 
     def holder(self, parameter: Tensor | None) -> int:
         """Number of the optimizer that holds a parameter."""

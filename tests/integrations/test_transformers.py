@@ -185,7 +185,7 @@ def test_reports_go_where_the_trainer_reports_to(tmp_path: Path) -> None:
     with FeatureProbeCallback(sinks=[to_trainer(trainer)], **OPTIONS) as callback:
         trainer.add_callback(callback)
         trainer.train()
-    tag = "feature_probe/fact_median_cosine"
+    tag = "feature_probe/nfa^0.5_median_cosine"
     found = [(row["step"], row[tag]) for row in trainer.state.log_history if tag in row]
     assert [step for step, _ in found] == [0, 2, 4, 6]
     assert [logs[tag] for logs in heard if tag in logs] == [value for _, value in found]

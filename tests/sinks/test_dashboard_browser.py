@@ -116,6 +116,10 @@ def test_the_stock_tabs_show_the_report(address: str, page: Page) -> None:
     picture.wait_for()
     page.wait_for_function("document.querySelector('image-card img').naturalWidth === 880")
 
+    page.goto(f"{address}/?tagFilter=feature_probe.heatmaps/verdict#timeseries")
+    page.get_by_text("feature_probe.heatmaps/verdict/fact").first.wait_for()
+    page.wait_for_function("document.querySelector('image-card img').naturalWidth === 880")
+
     page.goto(f"{address}/#images")
     page.get_by_text("feature_probe.heatmaps/cosine/nfa^0.5").first.wait_for()
     page.goto(f"{address}/#distributions")
@@ -124,6 +128,9 @@ def test_the_stock_tabs_show_the_report(address: str, page: Page) -> None:
     page.goto(f"{address}/#text")
     page.get_by_role("heading", name="Step 300: do the layers learn features").wait_for()
     # TensorBoard puts every text into a table of one row: ours is the innermost.
-    row = page.get_by_role("row").filter(has_text="blocks.0.fc_1").last
-    shown = row.get_by_role("cell").all_inner_texts()
-    assert shown[:3] == ["blocks.0.fc_1", "0.000 (0.30)", "0.010 (0.30)"]
+    rows = page.get_by_role("row").filter(has_text="blocks.0.fc_1")
+    shown = rows.filter(has_text="(0.30)").last.get_by_role("cell").all_inner_texts()
+    assert shown[:3] == ["blocks.0.fc_1", "0.000 (0.30) approaching", "0.010 (0.30) approaching"]
+    layer = rows.last.get_by_role("cell").all_inner_texts()
+    assert layer[:2] == ["blocks.0.fc_1", "2.5"]
+    assert layer[-1] == "approaching"

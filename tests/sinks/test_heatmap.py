@@ -13,11 +13,19 @@ from feature_probe.sinks.heatmap import (
     WIDTH,
     block_mean,
     block_side,
+    render_categories,
     render_heatmap,
     render_matrices,
 )
 from feature_probe.sinks.history import StepHistory
-from feature_probe.sinks.palette import UNDEFINED, colourise, diverging_map
+from feature_probe.sinks.palette import (
+    STATE_PATTERNS,
+    UNDEFINED,
+    VERDICT_PATTERNS,
+    Pattern,
+    colourise,
+    diverging_map,
+)
 
 # Machado et al. 2009, severity 1, on linear RGB.
 DEFICIENCIES = {
@@ -131,8 +139,152 @@ def test_an_undefined_row_is_grey_and_explained() -> None:
     grey = find(heatmap(values), undefined)
     rows = np.flatnonzero(grey.sum(axis=1) > 200)
     assert 40 < len(rows) < 100
-    legend = grey.sum(axis=1)[: rows[0] - 50]
+    legend = grey.sum(axis=1)[rows[-1] + 50 :]
     assert legend.sum() > 200
+
+
+def test_what_is_not_applicable_is_grey_whatever_its_number() -> None:
+    """Grey cells stand where they were asked for, their numbers are gone, the others stay."""
+    values = np.array([[0.25, 0.75], [-0.25, -0.75]])
+    grey = np.array([[False, True], [False, False]])
+    picture = heatmap(values, grey=grey)
+    areas = [find(picture, colour).sum() for colour in colourise(values).reshape(4, 3)]
+    # The colour bar has a line of each colour, but no more.
+    assert [area > 10000 for area in areas] == [True, False, True, True]
+    shown = np.argwhere(find(picture, np.array(UNDEFINED, dtype=np.uint8)))
+    centre = np.median(shown, axis=0)
+    kept = np.argwhere(find(picture, colourise(np.array(-0.75)))).mean(axis=0)
+    assert centre[0] < kept[0]
+    np.testing.assert_allclose(centre[1], kept[1], atol=20)
+
+
+def test_trivial_cells_are_hatched_and_told_apart_from_grey_ones() -> None:
+    """A hatched row has white lines on grey, a grey one has none, and each has its legend."""
+    values = np.full((4, 6), 0.5)
+    first, second = np.zeros((4, 6), dtype=bool), np.zeros((4, 6), dtype=bool)
+    first[0], second[2] = True, True
+    plain, neither = heatmap(values, grey=first), heatmap(values)
+    hatched = heatmap(values, hatched=second)
+    both = heatmap(values, grey=first, hatched=second)
+    lines = np.array((250, 250, 250), dtype=np.uint8)
+    assert find(hatched, lines).sum() > 3000 > 10 * find(plain, lines).sum()
+    assert plain.shape[0] > neither.shape[0]
+    assert plain.shape == both.shape  # two entries fit a line
+    undefined = np.array(UNDEFINED, dtype=np.uint8)
+    assert 0.5 < find(hatched, undefined).sum() / find(plain, undefined).sum() < 0.9
+
+
+@pytest.mark.parametrize("is_rising", [True, False])
+def test_lines_of_a_pattern_are_slanted(is_rising: bool) -> None:
+    """One pixel further down they are one pixel further left where they rise to the right."""
+    canvas = Canvas(80, 80)
+    pattern = Pattern((100, 100, 100), (0, 0, 0), is_rising)
+    canvas.patterns(np.zeros((1, 1), dtype=np.int64), [pattern], (10, 10, 70, 70))
+    lines = find(canvas.pixels()[11:69, 11:69], np.array((0, 0, 0), dtype=np.uint8))
+    assert 0.2 < lines.mean() < 0.4
+    shifted = lines[:-1, 1:] == lines[1:, :-1], lines[:-1, :-1] == lines[1:, 1:]
+    assert [bool(same.all()) for same in shifted] == [is_rising, not is_rising]
+
+
+def test_a_trivial_score_that_is_undefined_is_hatched_only() -> None:
+    """One cell has one look: the legend does not name what is not there."""
+    values = np.full((4, 6), np.nan)
+    everywhere = np.ones((4, 6), dtype=bool)
+    once = heatmap(values, hatched=everywhere)
+    assert once.shape == heatmap(values, hatched=everywhere, grey=~everywhere).shape
+    np.testing.assert_array_equal(once, heatmap(np.zeros((4, 6)), hatched=everywhere))
+
+
+def test_categories_stand_where_their_layer_and_step_are() -> None:
+    """Each cell has its pattern, one of which nothing was said is white, the legend names all."""
+    names = list(VERDICT_PATTERNS)
+    codes = np.array([[names.index("holds"), names.index("not yet")], [-1, names.index("holds")]])
+    drawn = render_categories(
+        codes, VERDICT_PATTERNS, layers=["first", "second"], steps=[0, 100], title="title"
+    )
+    dark, amber = (
+        np.argwhere(find(drawn, np.array(VERDICT_PATTERNS[name].fill, dtype=np.uint8)))
+        for name in ("holds", "not yet")
+    )
+    plot = [place[place[:, 1] < 640] for place in (dark, amber)]
+    legend = [place[place[:, 1] > 640] for place in (dark, amber)]
+    assert len(plot[0]) == pytest.approx(2 * len(plot[1]), rel=0.05)
+    np.testing.assert_allclose(plot[0].mean(axis=0), plot[0][[0, -1]].mean(axis=0), atol=2)
+    assert plot[1][:, 1].min() > plot[0][0, 1] + 100  # right
+    assert plot[1][:, 0].max() < plot[0][-1, 0] - 50  # above
+    assert legend[0][:, 0].max() < legend[1][:, 0].min()
+    one = render_categories(
+        codes * 0, VERDICT_PATTERNS, layers=["a", "b"], steps=[0, 1], title="title"
+    )
+    assert not find(one, np.array(VERDICT_PATTERNS["not yet"].fill, dtype=np.uint8)).any()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (0, 0), (200, 256), (1000, 256), (3, 1000)])
+def test_categories_of_any_size_are_drawn_within_bounds(rows: int, columns: int) -> None:
+    """As scores are."""
+    drawn = render_categories(
+        np.zeros((rows, columns), dtype=np.int64),
+        {"holds": VERDICT_PATTERNS["holds"]},
+        layers=[f"layer{i}" for i in range(rows)],
+        steps=list(range(columns)),
+        title="title",
+    )
+    assert drawn.shape[1:] == (WIDTH, 3)
+    assert drawn.shape[0] <= max(rows, 364) + 200
+
+
+def test_words_of_the_legend_stand_beside_the_plot() -> None:
+    """Taller pictures are shown smaller: with many words a picture of few layers is taller."""
+    whole = len(VERDICT_PATTERNS)
+    codes = np.arange(whole)[None, :]
+    sheets = [
+        render_categories(
+            codes % count, VERDICT_PATTERNS, layers=["a"], steps=list(range(whole)), title="title"
+        )
+        for count in (1, 5, whole)
+    ]
+    heights = [sheet.shape[0] for sheet in sheets]
+    assert heights[0] == heights[1] < heights[2]
+    for sheet in sheets:
+        assert (sheet[:, -3:] == 255).all()  # no word leaves the picture
+        assert (sheet[:, 660:] != 255).any()
+
+
+def look(pattern: Pattern, deficiency: list[list[float]]) -> NDArray[np.float64]:
+    """The fill as it is seen, in OKLab."""
+    return oklab(linear(np.array(pattern.fill, dtype=np.uint8)) @ np.array(deficiency).T)
+
+
+ONE_PICTURE = {
+    "equality": ("holds", "approaching", "not yet", "trivial", "not applicable", "cannot tell",
+                 "undefined"),
+    "proportionality": ("aligned", "at chance", "below chance", "trivial", "not applicable",
+                        "cannot tell", "undefined"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ONE_PICTURE)
+@pytest.mark.parametrize("deficiency", [*DEFICIENCIES, "none", "greyscale"])
+def test_verdicts_of_one_picture_are_told_apart(kind: str, deficiency: str) -> None:
+    """By their colour under every dichromacy, by lightness in print, or by their lines."""
+    grey = [[0.2126, 0.7152, 0.0722]] * 3
+    seen_as = {**DEFICIENCIES, "none": np.eye(3).tolist(), "greyscale": grey}[deficiency]
+    names = ONE_PICTURE[kind]
+    for i, first in enumerate(names):
+        for second in names[:i]:
+            one, other = VERDICT_PATTERNS[first], VERDICT_PATTERNS[second]
+            if (one.lines, one.is_rising) != (other.lines, other.is_rising):
+                continue
+            apart = np.linalg.norm(look(one, seen_as) - look(other, seen_as))
+            assert apart > 0.07, (first, second, apart)
+
+
+def test_states_share_the_patterns_of_the_verdicts_they_lead_to() -> None:
+    """One colour has one meaning in all pictures."""
+    assert STATE_PATTERNS["at stationarity"] == VERDICT_PATTERNS["holds"]
+    assert STATE_PATTERNS["far"] == VERDICT_PATTERNS["not yet"]
+    for name in ("approaching", "not applicable", "cannot tell"):
+        assert STATE_PATTERNS[name] == VERDICT_PATTERNS[name]
 
 
 def test_the_chance_level_is_drawn_beside_the_map() -> None:
@@ -242,6 +394,16 @@ def test_a_history_keeps_everything_while_there_is_room() -> None:
     np.testing.assert_array_equal(history.array(), [[np.nan, 0.3], [0.1, 0.2]])
 
 
+def test_a_history_keeps_the_word_on_every_score() -> None:
+    """Words by layer and step; another word, none, and an absent layer have no place."""
+    history = StepHistory(4)
+    history.add(0, {"a": 0.1, "b": 0.2}, {"a": "at chance"})
+    history.add(5, {"a": 0.2, "c": 0.1}, {"a": "trivial", "c": "aligned"})
+    assert history.layers == ["a", "c", "b"]
+    words = ["trivial", "at chance"]
+    np.testing.assert_array_equal(history.codes(words), [[1, 0], [-1, -1], [-1, -1]])
+
+
 @pytest.mark.parametrize("count", [1, 2, 5, 6, 7, 63, 64, 1000])
 def test_a_history_is_bounded_even_and_up_to_date(count: int) -> None:
     """First and latest report are columns, the others evenly spaced, at most six in all."""
@@ -262,13 +424,15 @@ def test_a_history_of_one_column_is_refused() -> None:
         StepHistory(1)
 
 
-def test_drawing_is_cheap() -> None:
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_drawing_is_cheap(share: float) -> None:
     """A picture of 200 layers × 256 steps takes well under a fifth of a second, labels cached."""
     values = np.random.default_rng(0).uniform(-1, 1, (200, 256))
-    heatmap(values)
+    grey, hatched = values < share - 1, values > 1 - share
+    heatmap(values, grey=grey, hatched=hatched)
     durations = []
     for _ in range(5):
         start = time.perf_counter()
-        heatmap(values)
+        heatmap(values, grey=grey, hatched=hatched)
         durations.append(time.perf_counter() - start)
     assert min(durations) < 0.2

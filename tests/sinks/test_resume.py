@@ -62,9 +62,13 @@ def pictures(folder: Path) -> dict[str, list[tuple[int, bytes]]]:
 
 
 def moving(make_report: Make, steps: Iterable[int], shift: float = 0.0) -> Iterator[Report]:
-    """Reports whose cosines move with the step."""
+    """Reports whose cosines, verdicts and states move with the step."""
     for step in steps:
-        yield make_report(step, changes={("conv", "fact"): {"cosine": step / 1000 + shift}})
+        verdict = "not applicable" if step < 300 else "approaching"
+        state = "far" if step < 800 else "at stationarity"
+        moved = {"cosine": step / 1000 + shift, "verdict": verdict}
+        changes = {("conv", "fact"): moved}
+        yield make_report(step, changes=changes, diagnosed={"conv": {"state": state}})
 
 
 def run(sink: Any, reports: Iterable[Report]) -> dict[str, Any]:
@@ -291,6 +295,9 @@ def test_which_sinks_resume() -> None:
 def test_a_history_comes_back_and_goes_on_alike() -> None:
     """Columns, gaps, order of the layers and the thinning that is under way."""
 
+    def verdicts(step: int) -> Mapping[str, str]:
+        return {"a": f"verdict {step % 4}", "b": "never there"} if step % 7 else {}
+
     def scores(step: int) -> Mapping[str, float]:
         layers = ["a", "b"] if step % 3 else ["c", "a"]
         layers += ["once"] if step == 3 else []  # in a column that thinning drops
@@ -300,11 +307,32 @@ def test_a_history_comes_back_and_goes_on_alike() -> None:
     for step in range(40):
         resumed = StepHistory.from_state(straight.state_dict())
         for later in range(step, step + 17):
-            resumed.add(later, scores(later))
+            resumed.add(later, scores(later), verdicts(later))
         expected = StepHistory(capacity=6)
         for earlier in range(step + 17):
-            expected.add(earlier, scores(earlier))
+            expected.add(earlier, scores(earlier), verdicts(earlier))
         assert resumed.steps == expected.steps
         assert resumed.layers == expected.layers
         assert resumed.array().tobytes() == expected.array().tobytes()
-        straight.add(step, scores(step))
+        words = [f"verdict {i}" for i in range(4)]
+        assert resumed.codes(words).tolist() == expected.codes(words).tolist()
+        straight.add(step, scores(step), verdicts(step))
+
+
+def test_a_state_of_before_there_were_verdicts_is_taken_back(
+    tmp_path: Path, make_report: Make
+) -> None:
+    """Scores are drawn on; steps of which no verdict is known are not greyed."""
+    history = StepHistory()
+    history.add(0, {"conv": 0.5})
+    old = history.state_dict()
+    del old["words"], old["verdicts"]
+    back = StepHistory.from_state(old)
+    back.add(100, {"conv": 0.6}, {"conv": "trivial"})
+    assert back.codes(["trivial"]).tolist() == [[-1, 0]]
+    assert back.array().tolist() == [[0.5, 0.6]]
+    sink = TensorBoardSink(tmp_path)
+    sink.resume(50, {"histories": {"fact": old}})
+    sink.write(make_report(100))
+    sink.close()
+    assert "feature_probe.heatmaps/state" in read(tmp_path).Tags()["images"]

@@ -72,11 +72,14 @@ def test_tags_and_numbers_are_those_in_tensorboard(
 
 
 def test_medians_are_the_first_group_of_tags(make_report: Callable[..., Report]) -> None:
-    """detail="medians" leaves one number a relation, and the stationarity."""
+    """detail="medians" leaves one number a relation, and how far training has come."""
     numbers = report_scalars(make_report(), "medians")
     assert set(numbers) == {
         *(f"feature_probe/{label}_median_cosine" for label in make_report().labels),
         "feature_probe/median_stationarity",
+        "feature_probe/median_decay_age",
+        "feature_probe/median_decay_ratio",
+        "feature_probe/median_decay_ratio_plus_fluctuation",
     }
     assert numbers["feature_probe/fact_median_cosine"] == pytest.approx(0.0)  # of -0.1, 0, 0.1
 
@@ -84,12 +87,15 @@ def test_medians_are_the_first_group_of_tags(make_report: Callable[..., Report])
 def test_an_undefined_report_is_not_logged(make_report: Callable[..., Report]) -> None:
     """Undefined numbers have no entry, and without any the logger is not called."""
     names = ("cosine", "trace_free_cosine", "stationarity")
-    undefined = {
+    undefined: dict[tuple[str, str], dict[str, Any]] = {
         ("conv", relation): dict.fromkeys(names, NAN)
         for relation in ("fact", "bfact", "nfa", "enfa")
     }
     log = Log()
-    ScalarSink(log).write(make_report(layers=["conv"], changes=undefined))
+    unknown = {"conv": {"decay_age": NAN, "decay_ratio": NAN, "stationarity": NAN}}
+    undefined = {place: numbers | {"verdict": "undefined"} for place, numbers in undefined.items()}
+    report = make_report(layers=["conv"], changes=undefined, diagnosed=unknown)
+    ScalarSink(log).write(report)
     assert log.rows == []
 
 

@@ -6,10 +6,10 @@ import io
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -24,9 +24,16 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
 from feature_probe.errors import ConfigurationError, FeatureProbeError, NotMeasuredError
-from feature_probe.reports.report import SCORES, Report
+from feature_probe.reports.diagnosis import State
+from feature_probe.reports.record import SCORES, VERDICTS
+from feature_probe.reports.report import Report
 from feature_probe.sinks import TensorBoardSink
-from feature_probe.sinks.palette import UNDEFINED, colourise
+from feature_probe.sinks.palette import (
+    STATE_PATTERNS,
+    UNDEFINED,
+    VERDICT_PATTERNS,
+    colourise,
+)
 from feature_probe.sinks.series import custom_scalars_layout, histogram
 from feature_probe.sinks.summary import summary_markdown
 from feature_probe.sinks.wording import PREDICTIONS, SCORE_NAMES
@@ -111,15 +118,24 @@ def test_bands_are_the_reports_percentiles(tmp_path: Path, make_report: Make) ->
 
 
 def test_no_other_scalars_are_written(tmp_path: Path, make_report: Make) -> None:
-    """Few cards: one a relation and the stationarity; the charts' helpers have their own group."""
+    """Few cards: one a relation and four of rest; the charts' helpers have groups of their own."""
     write(tmp_path, make_report())
     labels = ("fact", "bfact", "nfa^0.5", "enfa^0.5")
     cards = {f"feature_probe/{label}_median_cosine" for label in labels}
-    cards.add("feature_probe/median_stationarity")
+    rest = ("stationarity", "decay_age", "decay_ratio", "decay_ratio_plus_fluctuation")
+    cards |= {f"feature_probe/median_{quantity}" for quantity in rest}
     found = set(scalars(tmp_path))
     assert {tag for tag in found if tag.startswith("feature_probe/")} == cards
-    assert all(tag.startswith("feature_probe.bands/") for tag in found - cards)
-    assert len(found) == 5 + 4 * 2 + 4 * 3 + 4 + 2
+    verdicts = {tag for tag in found if tag.startswith("feature_probe.verdicts/")}
+    assert verdicts == {
+        *(f"feature_probe.verdicts/{label}_applicable_layers" for label in labels),
+        "feature_probe.verdicts/fact_share_holds",
+        "feature_probe.verdicts/bfact_share_holds",
+        "feature_probe.verdicts/nfa^0.5_share_aligned",
+        "feature_probe.verdicts/enfa^0.5_share_aligned",
+    }
+    assert all(tag.startswith("feature_probe.bands/") for tag in found - cards - verdicts)
+    assert len(found - verdicts) == 8 + 4 * 2 + 4 * 3 + 4 + 2
 
 
 def test_stationarity_is_found_where_the_last_relation_has_none(
@@ -128,7 +144,7 @@ def test_stationarity_is_found_where_the_last_relation_has_none(
     """Only records of the gradient's relations hold it; the series and the table show it."""
     write(tmp_path, make_report())
     assert scalars(tmp_path)["feature_probe/median_stationarity"] == [(100, 1.5)]
-    assert "| conv | -0.100 (0.30) |" in text(tmp_path)
+    assert "| conv | -0.100 (0.30) approaching |" in text(tmp_path)
     assert re.search(r"\| conv \|.*\| 1\.5 \|", text(tmp_path))
 
 
@@ -142,7 +158,10 @@ def test_the_chance_level_is_the_one_of_the_relation(tmp_path: Path, make_report
 
 def test_undefined_scores_are_left_out_and_never_zero(tmp_path: Path, make_report: Make) -> None:
     """NaN layers do not move the percentiles; a relation that is NaN everywhere has no series."""
-    gone = {"cosine": NAN, "trace_free_cosine": NAN, "shared_weight_cosine": NAN}
+    gone = {
+        "cosine": NAN, "trace_free_cosine": NAN, "shared_weight_cosine": NAN,
+        "verdict": "undefined",
+    }  # fmt: skip
     changes: dict[tuple[str, str], Mapping[str, Any]] = {("head", "fact"): gone}
     changes |= {(layer, "nfa"): gone for layer in ("conv", "blocks.0.fc_1", "head")}
     report = make_report(changes=changes)
@@ -156,7 +175,110 @@ def test_undefined_scores_are_left_out_and_never_zero(tmp_path: Path, make_repor
     assert "feature_probe.distributions/cosine/nfa^0.5" not in distributions
     picture = pixels(tmp_path, "feature_probe.heatmaps/cosine/nfa^0.5")
     assert (picture == UNDEFINED).all(axis=-1).sum() > 30000
-    assert "| head | - |" in text(tmp_path)
+    assert "| head | - undefined |" in text(tmp_path)
+
+
+SILENT = ("trivial", "not applicable", "undefined")
+
+
+@pytest.mark.parametrize("verdict", VERDICTS)
+def test_what_says_nothing_of_learning_is_in_no_number_over_layers(
+    tmp_path: Path, make_report: Make, verdict: str
+) -> None:
+    """Medians, bands, chance levels and histograms leave such a record out, and no other."""
+    changes = {
+        ("head", "fact"): {"verdict": verdict, "chance_cosine": 0.9},
+        ("conv", "fact"): {"chance_cosine": 0.5},
+    }
+    write(tmp_path, make_report(changes=changes))
+    is_out = verdict in SILENT
+    found = scalars(tmp_path)
+    middle, top = (-0.05, -0.01) if is_out else (0.0, 0.08)
+    assert found["feature_probe/fact_median_cosine"] == [(100, pytest.approx(middle, abs=1e-6))]
+    assert found["feature_probe.bands/cosine/fact/p90"] == [(100, pytest.approx(top, abs=1e-6))]
+    level = found["feature_probe.bands/cosine/fact/chance"]
+    assert level == [(100, pytest.approx(0.4 if is_out else 0.5))]
+    assert found["feature_probe.verdicts/fact_applicable_layers"] == [(100, 2.0 if is_out else 3.0)]
+    stored = events(tmp_path).Histograms("feature_probe.distributions/cosine/fact")[0]
+    assert stored.histogram_value.num == (2 if is_out else 3)
+    other = found["feature_probe/bfact_median_cosine"]
+    assert other == [(100, pytest.approx(0.01))]
+
+
+def test_a_relation_that_is_applicable_nowhere_has_no_point(
+    tmp_path: Path, make_report: Make
+) -> None:
+    """No median, no share, no distribution; its picture is all grey, and its verdicts are drawn."""
+    said = {"verdict": "not applicable"}
+    layers = ("conv", "blocks.0.fc_1", "head")
+    write(tmp_path, make_report(changes={(layer, "fact"): said for layer in layers}))
+    assert not any("/fact" in tag for tag in scalars(tmp_path))
+    assert not any(tag.endswith("/fact") for tag in events(tmp_path).Tags()["histograms"])
+    picture = pixels(tmp_path, "feature_probe.heatmaps/cosine/fact")
+    assert (picture == UNDEFINED).all(axis=-1).sum() > 30000
+    drawn = pixels(tmp_path, "feature_probe.heatmaps/verdict/fact")
+    assert (drawn == VERDICT_PATTERNS["not applicable"].fill).all(axis=-1).sum() > 30000
+    row = next(line for line in text(tmp_path).splitlines() if line.startswith("| median of"))
+    assert row.startswith("| median of applicable layers | - | 0.010 (3 of 3 layers) |")
+
+
+def test_shares_are_of_the_applicable_layers(tmp_path: Path, make_report: Make) -> None:
+    """Equalities are to be "holds", proportionalities "aligned", over what is not silent."""
+    changes = {
+        ("a", "fact"): {"verdict": "holds"},
+        ("b", "fact"): {"verdict": "not applicable"},
+        ("a", "nfa"): {"verdict": "trivial"},
+        ("b", "nfa"): {"verdict": "at chance"},
+        ("a", "bfact"): {"verdict": "aligned"},  # not what an equality is to be
+    }
+    write(tmp_path, make_report(layers=("a", "b", "c", "d", "e"), changes=changes))
+    found = scalars(tmp_path)
+    group = "feature_probe.verdicts"
+    assert found[f"{group}/fact_share_holds"] == [(100, 0.25)]
+    assert found[f"{group}/nfa^0.5_share_aligned"] == [(100, 0.75)]
+    assert found[f"{group}/enfa^0.5_share_aligned"] == [(100, 1.0)]
+    assert found[f"{group}/bfact_share_holds"] == [(100, 0.0)]
+    assert found[f"{group}/nfa^0.5_applicable_layers"] == [(100, 4.0)]
+
+
+def test_medians_of_rest_are_of_the_layers_that_can_come_to_rest(
+    tmp_path: Path, make_report: Make
+) -> None:
+    """A scale-invariant layer only ages, one without decay not even that."""
+    rest = {"stationarity": 0.25, "decay_age": 4.0, "decay_ratio": 0.75, "fluctuation": 0.125}
+    diagnosed = {
+        "a": rest,
+        "b": {"state": "not applicable", "decay_age": 8.0, "stationarity": 9.0},
+        "c": {"state": "not applicable", "decay_form": "none", "decay_age": 0.0},
+    }
+    write(tmp_path, make_report(layers=("a", "b", "c"), diagnosed=diagnosed))
+    found = scalars(tmp_path)
+    assert found["feature_probe/median_stationarity"] == [(100, 0.25)]
+    assert found["feature_probe.bands/stationarity/p90"] == [(100, 0.25)]
+    assert found["feature_probe/median_decay_age"] == [(100, 6.0)]
+    assert found["feature_probe/median_decay_ratio"] == [(100, 0.75)]
+    assert found["feature_probe/median_decay_ratio_plus_fluctuation"] == [(100, 0.875)]
+
+
+def test_without_a_fluctuation_the_decay_ratio_stands_alone(
+    tmp_path: Path, make_report: Make
+) -> None:
+    """Under Adam there is no such form: no number is made up."""
+    layers = ("conv", "head")
+    diagnosed = {layer: {"fluctuation": NAN} for layer in layers}
+    write(tmp_path, make_report(layers=layers, diagnosed=diagnosed), layer_scalars=True)
+    found = scalars(tmp_path)
+    assert found["feature_probe/median_decay_ratio"] == [(100, 0.375)]
+    assert not any("plus_fluctuation" in tag for tag in found)
+    assert "| 0.38 | 0.12 |" in text(tmp_path)
+
+
+def test_a_report_without_diagnoses_is_written(tmp_path: Path, make_report: Make) -> None:
+    """An earlier version's reports: the records' stationarity, no states."""
+    write(tmp_path, make_report(diagnosed=None), layer_scalars=True)
+    assert scalars(tmp_path)["feature_probe/median_stationarity"] == [(100, 1.5)]
+    assert "feature_probe.heatmaps/state" not in events(tmp_path).Tags()["images"]
+    assert "How far each layer has come" not in text(tmp_path)
 
 
 def test_layer_scalars_are_opt_in_and_grouped_by_layer(tmp_path: Path, make_report: Make) -> None:
@@ -170,11 +292,16 @@ def test_layer_scalars_are_opt_in_and_grouped_by_layer(tmp_path: Path, make_repo
         for tag, v in scalars(tmp_path / "on").items()
         if tag.startswith("feature_probe.layers.")
     }
-    assert len(found) == 8
+    assert len(found) == 8 + 2 * 3
     names = {"blocks.0/fc": "blocks.0.fc", "": "(model)"}
     for record in report.records:
         tag = f"feature_probe.layers.{names[record.layer]}/{record.label}_cosine"
         assert found[tag] == [(100, np.float32(record.cosine))]
+    for name in names.values():
+        group = f"feature_probe.layers.{name}"
+        assert found[f"{group}/stationarity"] == [(100, 1.5)]
+        assert found[f"{group}/decay_age"] == [(100, 2.5)]
+        assert found[f"{group}/decay_ratio_plus_fluctuation"] == [(100, 0.875)]
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -209,8 +336,21 @@ def test_the_layout_names_only_series_that_exist(tmp_path: Path, make_report: Ma
             patterns += list(chart.multiline.tag)
     assert len(margins) == 3 * (4 + 4 + 1)
     assert set(margins) <= tags
-    assert len(patterns) == 3 + 2 * 4
+    assert len(patterns) == 3 + 2 * 4 + 4 + 3
     assert all(sum(re.match(pattern, tag) is not None for tag in tags) == 1 for pattern in patterns)
+
+
+def test_equalities_and_proportionalities_have_their_own_chart_of_shares() -> None:
+    """What is to "hold" and what is to be "aligned" is not compared; one kind alone, one chart."""
+    titles = {
+        tuple(labels): list(
+            next(c for t, c in custom_scalars_layout(labels).items() if "share" in t)
+        )
+        for labels in (["fact", "nfa^1"], ["nfa^1"])
+    }
+    holds = "equalities: share of layers with the verdict 'holds'"
+    aligned = "proportionalities: share of layers with the verdict 'aligned'"
+    assert titles == {("fact", "nfa^1"): [holds, aligned], ("nfa^1",): [aligned]}
 
 
 def test_few_lines_share_a_chart() -> None:
@@ -269,6 +409,68 @@ def test_the_heatmap_holds_every_step_so_far(tmp_path: Path, make_report: Make) 
     assert left < right
 
 
+def columns_of(picture: NDArray[np.uint8], colour: Sequence[int], right: int) -> tuple[int, float]:
+    """How many pixels have a colour in the plot, which ends at ``right``, and where on average."""
+    there = np.argwhere((picture[:300, :right] == np.array(colour)).all(axis=-1))
+    return len(there), float(there[:, 1].mean()) if len(there) else NAN
+
+
+def test_greyness_is_that_of_each_step(tmp_path: Path, make_report: Make) -> None:
+    """A verdict that changes greys the steps it was given at, and leaves the others."""
+    applicable = {"cosine": 0.9, "verdict": "approaching"}
+    not_so = {"cosine": 0.8, "verdict": "not applicable"}
+    reports = [
+        make_report(step, layers=["conv"], changes={("conv", "fact"): given})
+        for step, given in ((0, not_so), (100, applicable), (200, applicable))
+    ]
+    write(tmp_path, *reports)
+    picture = pixels(tmp_path, "feature_probe.heatmaps/cosine/fact")
+    score, gone = (colourise(np.array(value)).tolist() for value in (0.9, 0.8))
+    (grey, left), (coloured, right), (lost, _) = (
+        columns_of(picture, colour, 690) for colour in (UNDEFINED, score, gone)
+    )
+    assert coloured == pytest.approx(2 * grey, rel=0.05)
+    assert left < right
+    assert lost == 0
+
+
+def test_verdicts_and_states_have_pictures(tmp_path: Path, make_report: Make) -> None:
+    """Layers × steps in the colours of what was said, one a relation and one of the states."""
+    reports = [
+        make_report(
+            step,
+            layers=["conv"],
+            changes={("conv", "fact"): {"verdict": verdict}},
+            diagnosed={"conv": {"state": state}},
+        )
+        for step, verdict, state in [
+            (0, "not yet", "far"),
+            (100, "approaching", "approaching"),
+            (200, "holds", "at stationarity"),
+            (300, "holds", "at stationarity"),
+        ]
+    ]
+    write(tmp_path, *reports)
+    tags = [tag for tag in events(tmp_path).Tags()["images"] if "/cosine/" not in tag]
+    labels = ("fact", "bfact", "nfa^0.5", "enfa^0.5")
+    assert set(tags) == {
+        *(f"feature_probe.heatmaps/verdict/{label}" for label in labels),
+        "feature_probe.heatmaps/state",
+    }
+    for tag, words in [
+        ("verdict/fact", ("not yet", "approaching", "holds")),
+        ("state", ("far", "approaching", "at stationarity")),
+    ]:
+        picture = pixels(tmp_path, f"feature_probe.heatmaps/{tag}")
+        patterns = {**VERDICT_PATTERNS, **STATE_PATTERNS}
+        seen = [columns_of(picture, patterns[word].fill, 640) for word in words]
+        counts, places = zip(*seen, strict=True)
+        assert list(places) == sorted(places)
+        assert counts[0] > 10000
+        assert counts[2] == pytest.approx(2 * counts[1], rel=0.05)
+        assert counts[1] == pytest.approx(counts[0], rel=0.05)
+
+
 def test_pictures_and_tables_do_not_grow_with_the_square_of_the_run(
     tmp_path: Path, make_report: Make
 ) -> None:
@@ -281,24 +483,72 @@ def test_pictures_and_tables_do_not_grow_with_the_square_of_the_run(
     assert len(steps) == len(set(steps)) < 30
     assert all(later <= 1.3 * earlier for earlier, later in pairwise(steps[8:]))
     assert len(scalars(tmp_path)["feature_probe/fact_median_cosine"]) == 300
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 6e6
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 12e6
 
 
 def test_the_table_says_what_its_numbers_mean(make_report: Make) -> None:
     """Scores with chance in brackets, equations, notes, gaps and settings are all there."""
-    changes = {("conv", "nfa"): {"cosine": NAN, "status": "K was not measured"}}
+    missing = {"cosine": NAN, "status": "K was not measured", "verdict": "undefined"}
+    changes = {("conv", "nfa"): missing}
     written = summary_markdown(make_report(1000, changes=changes))
     assert "Step 1,000" in written
     assert "| layer | fact | bfact | nfa^0.5 | enfa^0.5 | ‖λW+G‖/‖λW‖ |" in written
-    assert "| blocks.0.fc\\_1 | 0.000 (0.30) | 0.010 (0.30) | 0.020 (0.40) |" in written
-    assert "| conv | -0.100 (0.30) | -0.090 (0.30) | - |" in written
-    assert "| median over layers | 0.000 |" in written
+    row = "| 0.000 (0.30) approaching | 0.010 (0.30) approaching | 0.020 (0.40) aligned |"
+    assert f"| blocks.0.fc\\_1 {row}" in written
+    row = "| -0.100 (0.30) approaching | -0.090 (0.30) approaching | - undefined |"
+    assert f"| conv {row}" in written
+    assert "| median of applicable layers | 0.000 (3 of 3 layers) |" in written
     assert "nfa: K was not measured (conv)" in written
     assert "an Embedding is not measured: embed.weight" in written
     assert "jacobian: exact" in written
     for relation in ("fact", "bfact", "nfa", "enfa"):
         equation = RELATIONS[relation].equation.replace("_", "\\_")
         assert equation in written
+
+
+def test_the_table_explains_the_verdicts_that_occur(make_report: Make) -> None:
+    """A verdict that is not there has no line."""
+    changes = {("conv", "nfa"): {"verdict": "trivial"}, ("head", "nfa"): {"verdict": "at chance"}}
+    written = summary_markdown(make_report(changes=changes))
+    for verdict in ("approaching", "aligned", "trivial", "at chance"):
+        assert f"\n- {verdict}: " in written
+    for verdict in ("holds", "below chance", "undefined"):
+        assert f"\n- {verdict}: " not in written
+    row = next(line for line in written.splitlines() if line.startswith("| median of"))
+    assert row.split(" | ")[3] == "0.070 (2 of 3 layers)"
+
+
+def test_the_layers_table_has_every_number_of_rest(make_report: Make) -> None:
+    """Age, window, stationarity, λ̂/λ with its fluctuation, drift, norm drift, invariance, state."""
+    diagnosed = {
+        "conv": {"decay_age": NAN, "scale_invariance": "rows", "state": "not applicable"},
+        "head": {"norm_drift": NAN, "decay_ratio": NAN},
+    }
+    written = summary_markdown(make_report(diagnosed=diagnosed))
+    numbers = "0.25 | 1.5 | 0.38 + 0.5 = 0.88 | 0.12 | -0.062"
+    assert f"| blocks.0.fc\\_1 | 2.5 | {numbers} | none | approaching |" in written
+    assert f"| conv | - | {numbers} | rows | not applicable |" in written
+    assert "| head | 2.5 | 0.25 | 1.5 | - | 0.12 | - | none | approaching |" in written
+
+
+def test_twelve_layers_are_explained_and_the_others_counted(make_report: Make) -> None:
+    """In the words of report.explain, then how many there are of each verdict."""
+    names = [f"l{i}" for i in range(15)]
+    changes: dict[tuple[str, str], Mapping[str, Any]] = {
+        ("l13", "fact"): {"verdict": "holds"},
+        ("l14", "fact"): {"verdict": "holds"},
+        ("l14", "nfa"): {"verdict": "trivial"},
+    }
+    report = make_report(layers=names, changes=changes)
+    written = summary_markdown(report)
+    lines = written.partition("### The layers in words\n\n")[2].partition("\n\n")[0].splitlines()
+    assert len(lines) == 12 + 4
+    for name, line in zip(names, lines[:12], strict=False):
+        assert f"layer {name}" in line
+        assert len(line) > 100
+    assert lines[12] == "- the other 3 layers, fact: 2 holds, 1 approaching"
+    assert lines[14] == "- the other 3 layers, nfa^0.5: 2 aligned, 1 trivial"
+    assert "the other" not in summary_markdown(make_report(layers=names[:12]))
 
 
 def test_a_bar_or_a_tag_in_a_name_does_not_break_the_table(make_report: Make) -> None:
@@ -308,13 +558,15 @@ def test_a_bar_or_a_tag_in_a_name_does_not_break_the_table(make_report: Make) ->
         for line in summary_markdown(make_report(layers=("a|b<i>*c*",))).splitlines()
         if line.startswith("| a")
     )
-    assert row.startswith("| a\\|b&lt;i>\\*c\\* | -0.100 (0.30) |")
+    assert row.startswith("| a\\|b&lt;i>\\*c\\* | -0.100 (0.30) approaching |")
 
 
 def test_every_relation_and_score_has_words() -> None:
-    """A relation or score that is added must be given its name in pictures."""
+    """A relation, score, verdict or state that is added must be given its name in pictures."""
     assert set(PREDICTIONS) == set(RELATIONS)
     assert set(SCORE_NAMES) == set(SCORES)
+    assert set(VERDICT_PATTERNS) == set(VERDICTS)
+    assert set(STATE_PATTERNS) == set(get_args(State))
 
 
 def test_matrices_are_drawn_for_the_layers_asked(tmp_path: Path, make_report: Make) -> None:
