@@ -221,6 +221,7 @@ class FeatureProbe:
         self._unanswered: set[int] = set()
         self._attached = False
         self._fresh = True
+        self._stepped: list[torch.optim.Optimizer] = []
         self._validated = False
         self._logged: set[tuple[str, str]] = set()
         self._step = 0
@@ -417,11 +418,17 @@ class FeatureProbe:
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._guard("collecting a step", self._collect, optimizer)
-        self._guard("reading the optimizer", self._clock.advance, optimizer)
+        if optimizer in self._stepped:
+            self._guard("reading the optimizer", self._clock.advance, optimizer)
+        else:  # the report at this step's end is of the ages before it
+            self._stepped.append(optimizer)
 
     def _advance(self) -> None:
         if self._collector.evidence is not None:
             self._guard("verifying a step", self._collector.evidence.stepped)
+        for optimizer in self._stepped:
+            self._guard("reading the optimizer", self._clock.advance, optimizer)
+        self._stepped.clear()
         self._step += 1
         self._guard("asking the schedule", self._arm)
 

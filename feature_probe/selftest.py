@@ -98,6 +98,7 @@ class SelfTest:
             else "",
             wrapper=self.wrapper,
             decays={t.name: self.decay.value(t, computed=True) for t in self.discovery.targets},
+            own={t.name: self.decay.own_value(t) for t in self.discovery.targets},
         )
 
     def _halved(self, batch: Any, run: Run) -> list[Check]:

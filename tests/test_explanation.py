@@ -298,7 +298,7 @@ def test_minibatch_noise() -> None:
         assert "fact cannot be judged, because minibatch noise alone puts" in left_open
         assert "3.1 apart" in left_open
         assert "3.4 is seen" in left_open
-        assert "longer window (window=), of about an epoch of steps, not 20" in advice
+        assert "longer window (window=) than 20 steps, of several epochs" in advice
 
 
 def test_too_few_examples() -> None:

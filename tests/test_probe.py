@@ -265,7 +265,9 @@ def test_outside_its_windows_the_probe_does_nothing() -> None:
             F.mse_loss(model(x), y).backward()
             optimizer.step()
             if not armed[-1]:
-                assert probe._collector.nbytes() == 0
+                trajectory = probe._collector.trajectory.nbytes()
+                assert probe._collector.nbytes() == trajectory  # three numbers a row and step
+                assert trajectory < 32 * 6 * 8 * sum(t.d_out for t in FeatureProbe.targets(model))
     assert armed == [True, False, False, True, True, False, False, True, True]
 
 
@@ -285,6 +287,8 @@ def test_settings_say_how_it_was_measured() -> None:
         "left_out": 0,
         "discarded": 0,
         "faults": 0,
+        "weight_decay": "SGD, group 0 (4 tensors, weight_decay 0.05): coupled decay; at rest the "
+        "gradient balances it: read fact",
     }
 
 
@@ -682,7 +686,7 @@ def test_max_dim() -> None:
     [
         (lambda p: torch.optim.AdamW(p, weight_decay=LAMBDA), "decoupled weight decay (AdamW)"),
         (lambda p: torch.optim.Adam(p, weight_decay=LAMBDA), ""),
-        (lambda p: torch.optim.AdamW(p, weight_decay=0.0), ""),
+        (lambda p: torch.optim.AdamW(p, weight_decay=0.0), "no weight decay"),
         (
             lambda p: torch.optim.NAdam(p, weight_decay=LAMBDA, decoupled_weight_decay=True),
             "decoupled weight decay (NAdam)",

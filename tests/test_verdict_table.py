@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import verdicts
-from verdict_lab.expectations import Judged, judge_run
+from verdict_lab.expectations import STAGES, Judged, judge_run
 from verdict_lab.training import Setting
 from verdict_lab.untrained import small_networks, timm_networks
 
@@ -29,7 +29,7 @@ def test_the_table_has_every_network_and_optimizer() -> None:
     """Five networks by five optimizers, each with early, windowed and frozen verdicts."""
     found = _judged(held_out=False)
     assert len({run[0].run for run in found}) == len(found) == 25
-    assert all({judged.stage for judged in run} == set(verdicts.STAGES) for run in found)
+    assert all({judged.stage for judged in run} == set(STAGES) for run in found)
 
 
 @pytest.mark.parametrize("held_out", [False, True], ids=["table", "held out"])

@@ -218,7 +218,7 @@ def _judged(make: Make, name: str, group: Mapping[str, Any]) -> DecayBehaviour:
             "not a form the probe knows"
         )
     return _unknown(
-        f"{name}: its steps are neither those of a loss with (weight_decay/2)‖W‖² added nor those "
+        f"{name}: its steps are neither those of a loss with an L2 penalty added nor those "
         "of a decay by lr times weight_decay beside the update (LAMB, for one, scales decay and "
         "gradient together): not a form the probe knows"
     )

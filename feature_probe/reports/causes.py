@@ -25,6 +25,7 @@ _MARKS: tuple[tuple[str, str], ...] = (
     ("infinite", r"not finite"),
     ("trivial", r"^trivial\b"),
     ("loop only", r"measured in the loop"),
+    ("unseen", r"frozen weights do not show"),
     ("computed", r"computed from other parameters"),
     ("frozen", r"\bfrozen\b(?! weights)"),
     ("partly", r"\bpartly\b"),
@@ -212,6 +213,8 @@ def _words(cause: str, record: Record, situation: Situation) -> str:
         "no decay": "there is no weight decay, and nothing balances the gradient at rest",
         "unknown decay": "the weight decay is not known",
         "unheld": "no optimizer that the probe knows trains this weight",
+        "unseen": "gradient and weight decay do not balance at these weights, which alone do not "
+        "show whether they could (before a normalisation they cannot)",
         "loop only": "frozen weights take no step, and no update is to be seen",
         "biased": f"{record.n_examples:,} examples are too few for it: the score is biased low",
         "underflow": "the gradients are so small that their squares vanish in float32",
@@ -269,8 +272,8 @@ def _widen(situation: Situation) -> str:
     window = situation.settings.get("window")
     if not situation.in_loop:
         return "lower the learning rate at the end of training"
-    now = f", not {window:,}" if isinstance(window, int) and window > 0 else ""
-    return f"take a longer window (window=), of about an epoch of steps{now}"
+    now = f" than {window:,} steps" if isinstance(window, int) and window > 0 else ""
+    return f"take a longer window (window=){now}, of several epochs, or use measure()"
 
 
 def _leave_frozen(situation: Situation) -> str:
@@ -304,6 +307,7 @@ _ADVICE: Mapping[str, str | Callable[[Situation], str]] = {
     "underflow": "use measure() in float64",
     "shared": "probe from step 0 on, so that there is an initial score to compare with",
     "frozen": _leave_frozen,
+    "unseen": "put the probe into the training loop, whose steps show that",
     "loop only": "put the probe into the training loop, which sees the updates",
     "trivial": "leave those scores out of comparisons between layers",
 }

@@ -106,15 +106,12 @@ class WeightDecay:
         if behaviour.form == "none":
             if self.value(target, computed=False):
                 return (
-                    f"λ was given, but {name} applies none: where the loss itself holds "
-                    "(λ/2)‖W‖², its gradient contains λW and FACT cannot be read from it "
-                    "(measure() without that term)"
+                    f"λ was given, but {name} applies none: where the loss itself holds an L2 "
+                    "penalty, its gradient contains that, and FACT cannot be read from it "
+                    "(measure() without the penalty can)"
                 )
             return "no weight decay: nothing balances the gradient at rest"
-        given, own = self._given_value(target), float(self.group(target)["weight_decay"])
-        if given is not None and abs(given - own) > _SAME * own:
-            return f"λ was given as {given:g}, but {name} applies {own:g}"
-        return self._several(target)
+        return self._other_decay(target) or self._several(target)
 
     def update_premise(self, target: Target) -> str:
         """Why the update form of FACT is not the one to read, or ""."""
@@ -122,7 +119,7 @@ class WeightDecay:
         if behaviour is None or behaviour.form == "unknown":
             return self.gradient_premise(target) or "no optimizer, and so no update, was seen"
         if behaviour.form == "decoupled":
-            return self._several(target)
+            return self._other_decay(target) or self._several(target)
         if behaviour.form == "none":
             return "no weight decay: nothing balances the update at rest"
         return f"coupled weight decay ({name}): at rest the gradient balances the decay; read fact"
@@ -151,6 +148,19 @@ class WeightDecay:
             for group in optimizer.param_groups
             if any(target.parameter is held for held in group["params"])
         ]
+
+    def own_value(self, target: Target) -> float | None:
+        """λ that the optimizer's group says, whatever was given; None where there is no group."""
+        group = self.group(target)
+        return float(group.get("weight_decay") or 0.0) if group else None
+
+    def _other_decay(self, target: Target) -> str:
+        """Whether λ was given otherwise than the optimizer applies it."""
+        given, own = self._given_value(target), self.own_value(target)
+        if given is None or own is None or abs(given - own) <= _SAME * own:
+            return ""
+        name = type(self.holder(target)).__name__
+        return f"λ was given as {given:g}, but {name} applies {own:g}"
 
     def _several(self, target: Target) -> str:
         """Whether several optimizers decay one weight."""

@@ -97,7 +97,15 @@ class Doctor:
         stationarity = _stationarity(statistics, slope)
         scale = (decay or 0.0) * float(statistics.weight.norm())
         noise = moved.gradient_noise / scale if slope == "gradient" and scale > 0 else _NAN
-        state, because = self._state(found.get(slope), statistics, stationarity, noise, age, moved)
+        state, because = self._state(
+            found.get(slope),
+            statistics,
+            stationarity,
+            noise,
+            age,
+            moved,
+            "U" if slope == "update" else "G",
+        )
         if not math.isnan(age):
             path.note(age, float(statistics.weight.double().square().sum()))
         return found, Diagnosis(
@@ -133,7 +141,7 @@ class Doctor:
         """The record with its verdict."""
         needs = RELATIONS[record.relation].needs
         record = replace(record, initial_cosine=initial.get((record.layer, record.label), _NAN))
-        if needs == "gradient" and not math.isnan(diagnosis.decay_ratio):
+        if needs == "gradient" and self.in_training:
             record = replace(record, decay_ratio=diagnosis.decay_ratio)
         return judged(record, Standing(diagnosis, found.get(needs), target.d_out))
 
@@ -161,6 +169,7 @@ class Doctor:
         noise: float,
         age: float,
         moved: Motion,
+        letter: str,
     ) -> tuple[State, str]:
         if premise is not None and premise.effect == "not applicable":
             return "not applicable", premise.text
@@ -168,7 +177,7 @@ class Doctor:
             return "cannot tell", "weight decay not known"
         if statistics.weight_decay == 0:
             return "not applicable", "no weight decay: nothing balances the gradient at rest"
-        return judge(stationarity, noise, age, moved, snapshot=not self.in_training)
+        return judge(stationarity, noise, age, moved, snapshot=not self.in_training, slope=letter)
 
 
 def _stationarity(statistics: LayerStatistics, slope: Sum) -> float:

@@ -20,6 +20,11 @@ _IN_THE_LOOP = (
     "no interval: in a training window the weights move and the batches are not independent; "
     "measure(jackknife=8) gives one at frozen weights"
 )
+#: The gradients of the examples all but cancel at rest, so that FACT of a sample is mostly noise.
+_NOT_OF_FACT = (
+    "cannot tell: FACT of a sample says little of FACT of all the data, and no interval covers "
+    "that; measure all the training data"
+)
 _NOT_ASKED = "no interval: measure(jackknife=8) gives one"
 
 
@@ -135,6 +140,8 @@ def _with_interval(
     if math.isnan(record.cosine):
         return record
     relation = RELATIONS[record.relation]
+    if relation.is_equality and parts.share < 1:
+        return replace(record, interval_note=_NOT_OF_FACT)
     exact = parts.exact or relation.needs != "jacobian"
     share = parts.share if exact else 0.0
     cosines = [_cosine(matrices, relation, record.power) for matrices in left_out]

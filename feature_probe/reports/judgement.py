@@ -43,12 +43,14 @@ class Setting:
         alone: Why Ĝ of this process is not all of the gradient, or "".
         wrapper: Class of what the optimizer was given inside, or "".
         decays: λ by layer where it was given to the probe; None: the optimizer's own is taken.
+        own: λ by layer as the optimizer's groups say.
     """
 
     ranks: int
     alone: str
     wrapper: str
     decays: Mapping[str, float | None]
+    own: Mapping[str, float | None]
 
 
 def judge(layers: Mapping[str, LayerEvidence], setting: Setting) -> list[Check]:
@@ -272,10 +274,13 @@ def _weight_decay(name: str, layer: LayerEvidence, setting: Setting) -> Check:
     if rule is None or reason or implied is None or layer.given is None or layer.weights is None:
         text = reason or motion.shift_reason or "no step was followed to its end"
         return Check("weight decay", name, None, message=text)
+    given, own = setting.decays.get(name), setting.own.get(name)
     if rule.decoupled:
+        if given is not None and own is not None and abs(given - own) > _NEAR * own:
+            text = f"the optimizer applies λ = {own:.4g}; reports are made with {given:.4g}"
+            return Check("weight decay", name, False, own / given if given else math.nan, 1, text)
         text = "decoupled: it does not go through the gradient"
         return Check("weight decay", name, None, message=text)
-    given = setting.decays.get(name)
     claimed = rule.decay if given is None else given
     shown, doubt = _fitted(implied - layer.sign * layer.given, layer.weights, noise)
     if math.isnan(shown):

@@ -107,7 +107,8 @@ def _of_invariance(known: Circumstances) -> Premise | None:
 
 
 def _of_jacobian(known: Circumstances, jacobian: Tensor | None) -> Premise | None:
-    if known.output or _is_multiple_of_identity(jacobian, known.sampling):
+    last = known.output or _is_multiple_of_identity(jacobian, known.sampling)
+    if last and known.rows > 1:
         return Premise(
             "trivial: K is a multiple of the identity (last linear layer), so the score is a "
             "property of the weight alone",

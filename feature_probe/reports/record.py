@@ -76,7 +76,8 @@ class Record:
         scale: Proportionalities: c of the best least-squares fit A ≈ c·X. Else NaN.
         weight_decay: λ used; NaN where not known.
         stationarity: ‖λW + G‖_F/‖λW‖_F of the layer, the error behind every FACT; NaN if λ = 0.
-        decay_ratio: λ̂/λ = −⟨W,G⟩/(λ‖W‖²) of the layer; NaN if λ = 0.
+        decay_ratio: λ̂/λ = −⟨W,G⟩/(λ‖W‖²) of the layer, in the loop −Σ⟨W_t,G_t⟩/(λΣ‖W_t‖²) over the
+            window's steps; NaN if λ = 0, or where the steps cannot be followed (sharded).
         cosine_low: Lower end of a 90 % interval for the cosine, by a bias-corrected grouped
             jackknife; NaN unless asked for (``measure(jackknife=8)``).
         cosine_high: Upper end, likewise.

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from feature_probe.optimizers.identities import fluctuation
 from feature_probe.reports.diagnosis import State
 from feature_probe.sums.trajectory import Path
 from feature_probe.theory.invariance import StepScalars
 from feature_probe.theory.matrices import to_algebra
 
 _NAN = float("nan")
-#: ‖λW + G‖/‖λW‖ up to which a layer counts as being at rest: FACT's cosine is then above 0.99.
-AT_REST = 0.1
+#: ‖λW + G‖/‖λW‖ up to which a layer counts as being at rest: FACT's cosine is then above 0.98.
+AT_REST = 0.2
 #: Change of ln ‖W‖ per unit of decay age up to which the norm counts as steady.
 STEADY = 0.1
 #: The same, up to which it comes near.
@@ -131,7 +132,13 @@ def step_scalars(path: Path, columns: int) -> StepScalars | None:
 
 
 def judge(
-    stationarity: float, noise: float, age: float, moved: Motion, *, snapshot: bool
+    stationarity: float,
+    noise: float,
+    age: float,
+    moved: Motion,
+    *,
+    snapshot: bool,
+    slope: str = "G",
 ) -> tuple[State, str]:
     """Whether a layer that can come to rest has, and why that is said.
 
@@ -141,19 +148,23 @@ def judge(
         age: Decay age, NaN where unknown.
         moved: The layer's motion.
         snapshot: Whether G is the gradient of all the data at frozen weights.
+        slope: "G", or "U" for the update.
     """
-    distance = f"‖λW + G‖ is {stationarity:.2g} of ‖λW‖"
+    distance = f"‖λW + {slope}‖ is {stationarity:.2g} of ‖λW‖"
+    balance = f"{'gradient' if slope == 'G' else 'update'} and decay"
+    state: State
     if math.isnan(stationarity):
         return "cannot tell", "the distance from stationarity was not measured"
     if stationarity <= AT_REST:
-        return "at stationarity", f"gradient and decay balance: {distance}"
+        return "at stationarity", f"{balance} balance: {distance}"
     if snapshot:
-        state: State = "approaching" if stationarity <= _SETTLING else "far"
-        return state, f"at these weights gradient and decay do not balance: {distance}"
+        state = "approaching" if stationarity <= _SETTLING else "far"
+        return state, f"at these weights {balance} do not balance: {distance}"
     if age < _BEGUN:
-        return "far", f"decay age {age:.2g}: decay has had no time to act; {distance}"
+        return "far", f"decay age {age:.3g}: decay has had no time to act; {distance}"
     if age < RIPE:
-        return "approaching", f"decay age {age:.2g}, of about {RIPE:g} that are needed; {distance}"
+        state = "approaching" if stationarity <= _SETTLING else "far"
+        return state, f"decay age {age:.3g}, of about {RIPE:g} that are needed; {distance}"
     steady = _steadiness(moved)
     if math.isnan(steady):
         return _without_clock(stationarity, noise, distance)
@@ -203,19 +214,16 @@ def _norm_drift(path: Path, age: float, squared_norm: float) -> tuple[float, flo
 
 
 def _fluctuation(path: Path, decay: float, momentum: Momentum | None) -> float:
-    """What ⟨W, G + λW⟩ is at rest under minibatch noise, over λ‖W‖².
-
-    Heavy ball: (1 + μ)/(2η) ‖ΔW‖². Nesterov, with u = −ΔW/η and the buffer b: (1 − μ)(η/2)‖u‖² +
-    μ²η⟨u, b⟩. Time averages, plain SGD at μ = 0.
-    """
+    """What ⟨W, G + λW⟩ is at rest under minibatch noise, over λ‖W‖²; SGD's without dampening."""
     if momentum is None or momentum.dampening or path.moved is None or path.behind is None:
         return _NAN
-    mu, squares = momentum.momentum, float(path.behind[1])
-    if not decay * squares > 0:
+    if momentum.nesterov and path.crossed is None:
         return _NAN
-    if not momentum.nesterov:
-        return (1 + mu) / 2 * float(path.moved) / (decay * squares)
-    if path.crossed is None:
-        return _NAN
-    both = (1 - mu) / 2 * float(path.moved) + mu**2 * float(path.crossed)
-    return both / (decay * squares)
+    return fluctuation(
+        float(path.moved),
+        float(path.behind[1]),
+        decay,
+        momentum=momentum.momentum,
+        nesterov=momentum.nesterov,
+        buffer_steps=None if path.crossed is None else float(path.crossed),
+    )

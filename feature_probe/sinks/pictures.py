@@ -69,7 +69,7 @@ def state_picture(history: StepHistory) -> Pixels:
         history,
         STATE_PATTERNS,
         title="state: has training brought the layers to rest?",
-        subtitle="where it has, weight decay and gradient balance and FACT must hold",
+        subtitle="where it has, decay and mean gradient balance: FACT holds over a long window",
     )
 
 

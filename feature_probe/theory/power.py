@@ -27,8 +27,9 @@ _ROUNDING = 1e-12
 #: never lies below the level itself: a third of independent pairs have a peak, all just above it.
 _CHANCE_SPREADS = 2.0
 _GOLDEN = (math.sqrt(5) - 1) / 2
-#: Shrinks the step of the grid below 10⁻⁹ in log s; rounding in C(s) limits ŝ to about 10⁻⁸.
-_GOLDEN_STEPS, _BISECTIONS = 40, 40
+#: Shrinks the step of the grid below 10⁻⁹ in log s; rounding in C(s) limits ŝ to about 10⁻⁸, and so
+#: its slope is looked at inside this relative distance.
+_GOLDEN_STEPS, _BISECTIONS, _NEAR = 40, 40, 1e-6
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,25 @@ def _peak(logs: Tensor, shares: Tensor, grid: Tensor, best: int) -> float:
             low, left, at_left = left, right, at_right
             right = low + _GOLDEN * (high - low)
             at_right = height(right)
-    return math.exp((low + high) / 2)
+    return _polished(logs, shares, math.exp((low + high) / 2))
+
+
+def _polished(logs: Tensor, shares: Tensor, power: float) -> float:
+    """The root of d ln C/ds beside a peak, which C itself shows to about 10⁻⁸ only."""
+    low, high = power * (1 - _NEAR), power * (1 + _NEAR)
+    if not _slope(logs, shares, low) > 0 > _slope(logs, shares, high):
+        return power
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _slope(logs, shares, middle) > 0 else (low, middle)
+    return (low + high) / 2
+
+
+def _slope(logs: Tensor, shares: Tensor, power: float) -> float:
+    """d ln C/ds = Σ aˢ q ln a/Σ aˢ q − Σ a^{2s} ln a/Σ a^{2s}."""
+    raised = (power * logs).exp()
+    first, second = raised * shares, raised.square()
+    return float((first @ logs) / first.sum() - (second @ logs) / second.sum())
 
 
 def _flat_range(

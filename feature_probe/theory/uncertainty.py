@@ -14,6 +14,8 @@ from functools import lru_cache
 from feature_probe.errors import ConfigurationError
 
 _NAN = float("nan")
+#: Bias of a cosine that is none.
+_NEGLIGIBLE = 1e-9
 #: Where coverage was measured: examples per row of K, and groups.
 _EXAMPLES_PER_ROW, _FEWEST_GROUPS = 10, 8
 #: Most bias left, in standard errors, and most relative correction δ, that the coverage stands.
@@ -195,7 +197,7 @@ def _bias_left(interval: Interval) -> str:
     if delta > _MOST_CORRECTION:
         return f"the correction is {delta / 2:.0%} of the score, too large for its first order"
     left = abs(estimate / math.sqrt(1 - delta) - interval.corrected)
-    if left <= _BIAS_PER_ERROR * error:
+    if left <= max(_BIAS_PER_ERROR * error, _NEGLIGIBLE):
         return ""
     return f"about {left:.2g} of bias is left beside a standard error of {error:.2g}"
 
