@@ -100,9 +100,10 @@ def measure(
         max_outputs: Most output coordinates that "exact" accepts.
         seed: Seed of the random signs.
         step: Step to write into the records.
-        jackknife: In how many groups of batches to split the data for a 90 % interval of every
-            cosine (8 or more), by a bias-corrected grouped jackknife; None: no intervals. It holds
-            that many copies of the sums and scores every layer as often.
+        jackknife: In how many groups of batches to split the data for a 90 % interval of the
+            cosines of nfa, enfa and their kin (8 or more), by a bias-corrected grouped jackknife;
+            None: no intervals. It holds that many copies of the sums and scores every layer as
+            often. FACT of a sample says little of FACT of all the data, and gets none.
         population: Examples in the data set that ``loader`` is a sample of, without replacement,
             which narrows the intervals; None: a sample of unlimited data.
         process_group: The processes that measure one data set together, each with a part of it as

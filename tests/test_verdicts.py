@@ -56,7 +56,8 @@ def verdict(record: Record, standing: Standing) -> str:
         (0.3, NAN, NAN, Motion(), True, "approaching", "at these weights"),
         (0.6, NAN, NAN, Motion(), True, "far", "at these weights"),
         (0.6, 0.1, 0.9, STILL, False, "far", "decay has had no time"),
-        (0.6, 0.1, 2.9, STILL, False, "approaching", "of about 3"),
+        (0.6, 0.1, 2.9, STILL, False, "far", "of about 3"),
+        (0.4, 0.1, 2.9, STILL, False, "approaching", "of about 3"),
         (0.6, 0.1, 3.1, STILL, False, "at stationarity", "changes by 2.0%"),
         (0.6, 0.1, 3.1, Motion(norm_drift=-0.3), False, "approaching", "changes by 30.0%"),
         (0.6, 0.1, 3.1, Motion(norm_drift=0.6), False, "far", "changes by 60.0%"),
@@ -107,8 +108,9 @@ def test_without_an_age_noise_decides(stationarity: float, noise: float, state: 
 @pytest.mark.parametrize(
     ("changes", "state", "expected", "words"),
     [
-        ({"cosine": 0.95, "residual": 0.2}, "far", "holds", "so it is"),
-        ({"cosine": 0.95, "residual": 0.21}, "far", "not yet", "so it is"),
+        ({"cosine": 0.95, "residual": 0.15}, "at stationarity", "holds", "so it is"),
+        ({"cosine": 0.95, "residual": 0.16}, "at stationarity", "cannot tell", "longer window"),
+        ({"cosine": 0.95, "residual": 0.15}, "far", "not yet", "so it is"),
         ({"cosine": 0.94, "residual": 0.2}, "approaching", "approaching", "so it is"),
         ({"cosine": 0.94, "residual": 0.5}, "at stationarity", "cannot tell", "longer window"),
         ({"cosine": 0.94}, "at stationarity", "cannot tell", "cosine 0.94"),
@@ -118,14 +120,15 @@ def test_without_an_age_noise_decides(stationarity: float, noise: float, state: 
         ({"cosine": NAN, "status": "no sum"}, "far", "undefined", "no sum"),
         ({"form": "snapshot", "residual": 1.0}, "far", "cannot tell", "scale-invariant"),
         ({"form": "snapshot", "residual": 1.0}, "approaching", "cannot tell", "training loop"),
-        ({"form": "snapshot", "cosine": 0.99, "residual": 0.1}, "far", "holds", "so it is"),
+        ({"form": "snapshot", "cosine": 0.99, "residual": 0.1}, "far", "cannot tell", "so it is"),
+        ({"form": "snapshot", "cosine": 0.99, "residual": 0.1}, "at stationarity", "holds", "off"),
     ],
 )
 @pytest.mark.parametrize("relation", ["fact", "update_bfact"])
 def test_equalities(
     relation: str, changes: dict[str, Any], state: State, expected: str, words: str
 ) -> None:
-    """Numbers that agree hold whatever the state; else the state says what is missing."""
+    """Numbers that agree hold at rest; else the state says what is missing."""
     made = judged(record(relation, **changes), standing(state))
     assert (made.verdict, words in made.because) == (expected, True), made.because
 
@@ -142,14 +145,14 @@ def test_a_layer_known_not_to_be_invariant_is_not_excused_at_frozen_weights() ->
         ({"cosine": 0.5}, "aligned"),
         ({"cosine": 0.27, "chance_spread": 0.01}, "at chance"),  # less than a tenth of the way
         ({"cosine": 0.29, "chance_spread": 0.01}, "aligned"),
-        ({"cosine": 0.295}, "cannot tell"),  # 4.9 spreads
-        ({"cosine": 0.30}, "aligned"),  # 5.1
+        ({"cosine": 0.315}, "cannot tell"),  # 5.9 spreads
+        ({"cosine": 0.318}, "aligned"),  # 6.1
         ({"cosine": 0.27, "chance_spread": 0.02}, "at chance"),
         ({"cosine": 0.285, "chance_spread": 0.03}, "at chance"),  # 2.9 spreads
         ({"cosine": 0.285, "initial_cosine": 0.1}, "aligned"),  # 4.3
         ({"cosine": 0.285, "chance_spread": 0.03, "initial_cosine": 0.1}, "at chance"),
         ({"cosine": 0.285, "initial_cosine": 0.25}, "cannot tell"),
-        ({"cosine": 0.31, "initial_cosine": 0.31}, "aligned"),  # more than training can lack
+        ({"cosine": 0.32, "initial_cosine": 0.32}, "aligned"),  # more than training can lack
         ({"cosine": 0.999, "chance_cosine": -0.5, "initial_cosine": 1.0}, "aligned"),
         ({"cosine": 0.5, "shared_weight_cosine": 0.49}, "at chance"),
         ({"cosine": 0.5, "shared_weight_cosine": 0.3}, "aligned"),
