@@ -235,7 +235,7 @@ class Assembler:
             window.examples,
             window.layer(index).rows,
             form="window" if self.doctor.in_training else "snapshot",
-            depth=depths.get(index),
+            depth=depths.get(self.targets[index].name),
         )
 
     def _circumstances(self, index: int, window: Window) -> Circumstances:

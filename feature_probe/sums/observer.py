@@ -96,8 +96,8 @@ class Observer:
         edges: Out of training, the gradient edges since the last :meth:`take`.
         output_layers: Targets whose own output is f, so that K is the identity.
         repeated: Targets that one forward pass used more than once, so that K contains W.
-        depths: Where the targets form a chain, the number of each from the output, 1 the last; None
-            until a pass was seen.
+        depths: Where the targets form a chain, the number of each from the output by name, 1 the
+            last; None until a pass was seen.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Observer:
         self.edges: list[GradientEdge] = []
         self.output_layers: set[int] = set()
         self.repeated: set[int] = set()
-        self.depths: dict[int, int] | None = None
+        self.depths: dict[str, int] | None = None
         self.ledger = Ledger(settings.loss_reduction, settings.positions)
         self.model = model
         self._targets = discovery.targets
@@ -158,6 +158,7 @@ class Observer:
             "reached": [names[index] for index in sorted(self.reached)],
             "output_layers": [names[index] for index in sorted(self.output_layers)],
             "repeated": [names[index] for index in sorted(self.repeated)],
+            "depths": None if self.depths is None else dict(self.depths),
             "problems": [[names[i], needs, why] for (i, needs), why in self.problems.items()],
         }
 
@@ -169,6 +170,7 @@ class Observer:
         self.reached |= {index[name] for name in state["reached"] if name in index}
         self.output_layers |= {index[name] for name in state["output_layers"] if name in index}
         self.repeated |= {index[name] for name in state["repeated"] if name in index}
+        self.depths = None if state["depths"] is None else dict(state["depths"])
         for name, needs, why in state["problems"]:
             if name in index:
                 self.problems[index[name], needs] = why
@@ -277,7 +279,8 @@ class Observer:
         forward.applied = Counter(call.index for call in calls)
         self.repeated |= {index for index, times in forward.applied.items() if times > 1}
         if self.depths is None and f.requires_grad and calls:
-            self.depths = remaining_depths(f, calls, edges)
+            found = remaining_depths(f, calls, edges)
+            self.depths = {self._targets[index].name: depth for index, depth in found.items()}
         if "jacobian" in self._settings.needs:
             self._settings.jacobian.check(f)
             if f.requires_grad and calls:
