@@ -153,7 +153,7 @@ class Assembler:
         if gradient is not None and index not in self.observer.reached and not gradient.any():
             gradient = None  # zeroed in place by the user, never filled
         decay = self.decay.value(target, self._computed(index))
-        update = self.doctor.update(target, weight, decay)
+        update = None if window.left_out else self.doctor.update(target, weight, decay)
         dtypes = [t.dtype for t in (gradient, jacobian, loss) if t is not None]
         problems = self.observer.problems | window.problems
         return LayerStatistics(

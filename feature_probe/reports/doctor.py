@@ -83,6 +83,8 @@ class Doctor:
             age=age,
             momentum=self.decay.momentum(target),
         )
+        if window.left_out:  # the path has a gap, on this rank or another
+            moved = Motion()
         scalars = step_scalars(path, target.d_in)
         invariance = None if scalars is None else scale_invariance(scalars)
         known = replace(
