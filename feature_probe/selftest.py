@@ -90,6 +90,7 @@ class SelfTest:
         return Verification(tuple(checks), evidence.steps)
 
     def _setting(self) -> Setting:
+        self.decay.refresh()
         elsewhere = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         return Setting(
             ranks=self.ranks.count,

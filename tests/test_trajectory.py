@@ -271,7 +271,8 @@ def test_norm_drift_is_the_change_of_the_norm_over_a_unit_of_age() -> None:
     for tenth in range(31):
         path.note(tenth / 10, math.exp(-0.6 * tenth / 10))
     weight = torch.full((1, 1, 1), math.exp(-0.3 * 3.1), dtype=torch.float64)
-    found = motion(path, weight, None, 0.1, clock=1.0, age=3.1, momentum=Momentum())
+    squared_norm = float(weight.square().sum())
+    found = motion(path, weight, squared_norm, None, 0.1, clock=1.0, age=3.1, momentum=Momentum())
     assert math.isclose(found.norm_drift, -0.3, rel_tol=1e-9)
     assert math.isclose(found.norm_span, 1.0, rel_tol=1e-9)
 

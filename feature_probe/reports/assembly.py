@@ -98,6 +98,7 @@ class Assembler:
             initial: The cosines at step 0, by layer and label, where they were seen.
             parts: The window in groups, for intervals; None: there are none.
         """
+        self.decay.refresh()
         records: list[Record] = []
         diagnoses: list[Diagnosis] = []
         statistics_by_layer: dict[str, LayerStatistics] = {}
@@ -107,7 +108,7 @@ class Assembler:
             try:
                 statistics = self._statistics(index, window, keep, weights or {})
                 found, diagnosis = self.doctor.examine(
-                    target, statistics, window, self._circumstances(index, window), step
+                    target, statistics, window, self._circumstances(index, window)
                 )
                 facts = replace(facts, premises=texts(found))
                 scored = score_layer(facts, statistics, self.relations, self.powers, self.on_fault)

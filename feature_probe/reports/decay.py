@@ -23,7 +23,7 @@ _SAME = 1e-6
 class WeightDecay:
     """Where λ comes from: given numbers first, then the optimizer's group that holds the weight.
 
-    Groups are read anew at every report, so a schedule of λ is followed.
+    Groups are read anew at every report (:meth:`refresh`), so a schedule of λ is followed.
 
     Args:
         discovery: The measured layers.
@@ -43,8 +43,18 @@ class WeightDecay:
     ) -> None:
         self._optimizers = optimizers
         self._given = _parse(given, discovery.names())
+        self.refresh()
         if optimizers:
             self._check(discovery)
+
+    def refresh(self) -> None:
+        """Read which optimizers hold which parameters, and forget how they were found to decay."""
+        self._held: dict[int, list[tuple[Optimizer, dict[str, Any]]]] = {}
+        self._behaviours: dict[int, DecayBehaviour] = {}
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    self._held.setdefault(id(parameter), []).append((optimizer, group))
 
     def value(self, target: Target, computed: bool) -> float | None:
         """λ of a layer; None where it is not known.
@@ -79,8 +89,11 @@ class WeightDecay:
 
     def behaviour(self, target: Target) -> DecayBehaviour | None:
         """How the layer's optimizer decays weights; None where none holds its weight."""
-        optimizer, group = self.holder(target), self.group(target)
-        return None if optimizer is None else decay_behaviour(optimizer, group)
+        for optimizer, group in self._holders(target)[:1]:
+            if id(group) not in self._behaviours:
+                self._behaviours[id(group)] = decay_behaviour(optimizer, group)
+            return self._behaviours[id(group)]
+        return None
 
     def momentum(self, target: Target) -> Momentum | None:
         """SGD's settings for a layer; None for other optimizers."""
@@ -124,30 +137,20 @@ class WeightDecay:
             return "no weight decay: nothing balances the update at rest"
         return f"coupled weight decay ({name}): at rest the gradient balances the decay; read fact"
 
-    def group(self, target: Target) -> Mapping[str, Any]:
-        """The optimizer's group that holds a layer's weight; empty if none does."""
-        holder = self.holder(target)
-        for group in () if holder is None else holder.param_groups:
-            if any(target.parameter is held for held in group["params"]):
-                return group
-        return {}
-
-    def holder(self, target: Target) -> Optimizer | None:
-        """The optimizer that trains a layer's weight."""
-        holders = self._holders(target)
-        return holders[0] if holders else None
-
     def sign(self, target: Target) -> float:
         """−1 where the optimizer maximises: the loss it minimises is then minus the user's."""
         return -1.0 if self.group(target).get("maximize", False) else 1.0
 
-    def _holders(self, target: Target) -> list[Optimizer]:
-        return [
-            optimizer
-            for optimizer in self._optimizers
-            for group in optimizer.param_groups
-            if any(target.parameter is held for held in group["params"])
-        ]
+    def group(self, target: Target) -> Mapping[str, Any]:
+        """The optimizer's group that holds a layer's weight; empty if none does."""
+        return next((group for _, group in self._holders(target)), {})
+
+    def holder(self, target: Target) -> Optimizer | None:
+        """The optimizer that trains a layer's weight."""
+        return next((optimizer for optimizer, _ in self._holders(target)), None)
+
+    def _holders(self, target: Target) -> Sequence[tuple[Optimizer, Mapping[str, Any]]]:
+        return self._held.get(id(target.parameter), ())
 
     def own_value(self, target: Target) -> float | None:
         """λ that the optimizer's group says, whatever was given; None where there is no group."""

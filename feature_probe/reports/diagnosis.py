@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
+
+from feature_probe.reports.record import plain_data
 
 #: Whether training has brought a layer to rest. "not applicable": it cannot come to rest in the
 #: sense of FACT (no decay, frozen, scale-invariant).
@@ -66,11 +67,7 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; NaN becomes None, so that it is valid JSON."""
-        data = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in data.items()
-        }
+        return plain_data(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Diagnosis:

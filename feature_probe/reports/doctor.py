@@ -19,7 +19,7 @@ from feature_probe.reports.verdicts import Standing, judged
 from feature_probe.sums.trajectory import Path, Trajectory
 from feature_probe.sums.window import Window
 from feature_probe.theory.invariance import scale_invariance
-from feature_probe.theory.matrices import LayerMatrices
+from feature_probe.theory.matrices import LayerMatrices, to_algebra
 from feature_probe.theory.relations import RELATIONS, LayerStatistics, Sum
 
 _NAN = float("nan")
@@ -68,15 +68,17 @@ class Doctor:
         statistics: LayerStatistics,
         window: Window,
         known: Circumstances,
-        step: int,
     ) -> tuple[dict[Sum, Premise], Diagnosis]:
         """The premises that a layer does not meet, and its diagnosis. Waits for the device."""
         path, form = self._path(target), self.decay.form(target)
         behaviour, decay = self.decay.behaviour(target), statistics.weight_decay
         age, age_note = self._age(target)
+        weight = to_algebra(statistics.weight)
+        squared_norm = float(weight.square().sum())
         moved = motion(
             path,
-            statistics.weight,
+            weight,
+            squared_norm,
             statistics.gradient,
             decay,
             clock=1.0 if behaviour is None else behaviour.clock,
@@ -97,7 +99,7 @@ class Doctor:
         found = premises(known, statistics)
         slope: Sum = "update" if form == "decoupled" else "gradient"
         stationarity = _stationarity(statistics, slope)
-        scale = (decay or 0.0) * float(statistics.weight.norm())
+        scale = (decay or 0.0) * math.sqrt(squared_norm)
         noise = moved.gradient_noise / scale if slope == "gradient" and scale > 0 else _NAN
         state, because = self._state(
             found.get(slope),
@@ -109,7 +111,7 @@ class Doctor:
             "U" if slope == "update" else "G",
         )
         if not math.isnan(age):
-            path.note(age, float(statistics.weight.double().square().sum()))
+            path.note(age, squared_norm)
         return found, Diagnosis(
             layer=target.name,
             optimizer=self._optimizer(target),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from feature_probe.theory.relations import RELATIONS
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 #: The fields that are numbers, NaN where undefined.
 FLOATS = (
@@ -161,8 +164,7 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; NaN becomes None, so that it is valid JSON."""
-        data = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return data | {name: None for name in FLOATS if not math.isfinite(data[name])}
+        return plain_data(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Record:
@@ -170,3 +172,12 @@ class Record:
         back: dict[str, Any] = dict(data)
         back |= {name: math.nan for name in FLOATS if back.get(name) is None}
         return cls(**back)
+
+
+def plain_data(record: DataclassInstance) -> dict[str, Any]:
+    """The fields of a record of numbers and words; what is not finite becomes None."""
+    data = {entry.name: getattr(record, entry.name) for entry in fields(record)}
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in data.items()
+    }

@@ -74,6 +74,7 @@ class Momentum:
 def motion(
     path: Path,
     weight: Tensor,
+    squared_norm: float,
     gradient: Tensor | None,
     decay: float | None,
     *,
@@ -85,7 +86,8 @@ def motion(
 
     Args:
         path: The layer's.
-        weight: W at the report.
+        weight: W at the report, float64.
+        squared_norm: ‖W‖².
         gradient: The window's mean gradient, or None.
         decay: λ.
         clock: Decay age per step in units of ηλ.
@@ -94,9 +96,7 @@ def motion(
     """
     if path.totals is None or path.steps == 0:
         return Motion()
-    now = to_algebra(weight)
     dot, squares, slopes = (float(value) for value in path.totals.tolist())
-    squared_norm = float(now.square().sum())
     loss = decay or 0.0
     noise = _NAN
     if gradient is not None and path.steps > 1:
@@ -106,7 +106,7 @@ def motion(
     return Motion(
         steps=path.steps,
         window_age=float(path.rate) * loss * clock,
-        drift=_drift(path, now),
+        drift=_drift(path, weight, math.sqrt(squared_norm)),
         gradient_noise=noise,
         decay_ratio=-dot / (loss * squares) if loss * squares > 0 else _NAN,
         fluctuation=_fluctuation(path, loss, momentum),
@@ -194,10 +194,9 @@ def _without_clock(stationarity: float, noise: float, distance: str) -> tuple[St
     return "far", f"{distance}, where minibatch noise alone would give {noise:.2g}"
 
 
-def _drift(path: Path, now: Tensor) -> float:
+def _drift(path: Path, now: Tensor, norm: float) -> float:
     if path.start is None or path.steps < 2:
         return _NAN
-    norm = float(now.norm())
     moved = float((to_algebra(path.start).to(now.device) - now).norm())
     return moved / norm if norm > 0 else _NAN
 
@@ -221,7 +220,7 @@ def _fluctuation(path: Path, decay: float, momentum: Momentum | None) -> float:
         return _NAN
     return fluctuation(
         float(path.moved),
-        float(path.behind[1]),
+        float(path.behind),
         decay,
         momentum=momentum.momentum,
         nesterov=momentum.nesterov,

@@ -23,6 +23,8 @@ from torch.optim import SGD, Optimizer
 
 from feature_probe.capture.sharding import is_sharded
 from feature_probe.layers.targets import Target
+from feature_probe.sums.moments import sum_dtype
+from feature_probe.theory.matrices import to_algebra
 
 #: Steps whose scalars are kept, of this window and those before it.
 RING = 32
@@ -44,7 +46,7 @@ class Path:
         moved: Σ_t ‖W_{t+1} − W_t‖²/η_t over all but the latest of them, where the optimizer's state
             tells; None where it does not.
         crossed: The same for η_t⟨u_t, b_{t+1}⟩ under Nesterov momentum, with u = −ΔW/η.
-        behind: ⟨W,G⟩ and ‖W‖² summed over the steps behind ``moved``.
+        behind: ‖W‖² summed over the steps behind ``moved``.
         start: W ``[groups, d_out, d_in]`` at the first of them.
         weighted: Σ_t η_t W_t, where asked for.
         rate: Σ_t η_t.
@@ -92,9 +94,9 @@ class Path:
         rate = float(self.rate) - float(self.last_rate)
         if self.start is None or self.weighted is None or self.steps < 2 or rate <= 0:
             return None
-        now = weight.to(torch.float64)
-        mean = (self.weighted.to(torch.float64) - float(self.last_rate) * now) / rate
-        return (self.start.to(torch.float64) - now) / rate - decay * mean
+        now, start, weighted = (to_algebra(t) for t in (weight, self.start, self.weighted))
+        mean = (weighted - float(self.last_rate) * now) / rate
+        return (start - now) / rate - decay * mean
 
     def nbytes(self) -> int:
         """Bytes held."""
@@ -151,15 +153,14 @@ class Trajectory:
         path = self.path(target)
         weight = target.matrix(parameter.detach())
         slope = target.gradient_matrix(gradient.detach())
-        rows = _scalars(weight.flatten(0, 1), slope.flatten(0, 1))
-        rows = rows if isinstance(scale, float) and scale == 1.0 else _unscaled(rows, scale)
+        rows = _scalars(weight.flatten(0, 1), slope.flatten(0, 1), scale)
         path.ring.append(rows)
         path.counted.append(taken)
         bias = _bias(target)
         if bias is not None and bias.grad is not None:
-            part = _scalars(bias.detach()[:, None], bias.grad.detach()[:, None])
+            part = _scalars(bias.detach()[:, None], bias.grad.detach()[:, None], scale)
             own = part if target.part is None else part[:, target.part[0] : target.part[1]]
-            path.bias.append(_unscaled(own, scale))
+            path.bias.append(own)
         self._follow(path, target, optimizer, group, weight)
         rate = _rate(group)
         if taken is not None:  # what a fused optimizer skips moves nothing
@@ -202,7 +203,7 @@ class Trajectory:
             path.start = weight.clone()
         if keep_sum:
             if path.weighted is None and path.steps == 0:
-                path.weighted = torch.zeros_like(weight, dtype=_wide_enough(weight.dtype))
+                path.weighted = torch.zeros_like(weight, dtype=sum_dtype(weight.dtype))
             if path.weighted is not None:
                 path.weighted = _beside(path.weighted, weight)
                 if isinstance(rate, Tensor):
@@ -242,7 +243,7 @@ class Trajectory:
             if change is not None:
                 moved = change.square().sum() * path.last_rate
                 path.moved = moved if path.moved is None else _beside(path.moved, moved) + moved
-                path.behind = path.totals[:2].clone()
+                path.behind = path.totals[1].clone()
         if nesterov:
             self._previous[target.name] = weight.clone()
 
@@ -255,24 +256,16 @@ def _plain_change(path: Path, group: Mapping[str, Any]) -> Tensor:
     return squared.clamp_min(0.0).sqrt()
 
 
-def _scalars(weight: Tensor, gradient: Tensor) -> Tensor:
-    """``[3, rows]``: ⟨w_r, g_r⟩, ‖w_r‖², ‖g_r‖²."""
+def _scalars(weight: Tensor, gradient: Tensor, scale: float | Tensor) -> Tensor:
+    """``[3, rows]``: ⟨w_r, g_r⟩, ‖w_r‖², ‖g_r‖², the gradient divided by ``scale``."""
     if weight.dtype not in (torch.float32, torch.float64):
         weight = weight.float()
     gradient = gradient.to(weight.dtype)
-    return torch.stack(
-        [
-            torch.linalg.vecdot(weight, gradient),
-            torch.linalg.vector_norm(weight, dim=-1).square(),
-            torch.linalg.vector_norm(gradient, dim=-1).square(),
-        ]
-    )
-
-
-def _unscaled(rows: Tensor, scale: float | Tensor) -> Tensor:
-    """The scalars with the gradient divided by ``scale``."""
-    dot, weight, gradient = rows
-    return torch.stack([dot / scale, weight, gradient / scale**2])
+    dot = torch.linalg.vecdot(weight, gradient)
+    squares = [torch.linalg.vector_norm(matrix, dim=-1).square() for matrix in (weight, gradient)]
+    if not isinstance(scale, float) or scale != 1.0:
+        dot, squares[1] = dot / scale, squares[1] / scale**2
+    return torch.stack([dot, *squares])
 
 
 def _bias(target: Target) -> nn.Parameter | None:
@@ -303,16 +296,13 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.device.type == "mps" else tensor.to(torch.float64)
 
 
-def _wide_enough(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _plain(path: Path) -> dict[str, Any]:
-    def copied(value: Any) -> Any:
-        return value.detach().clone() if isinstance(value, Tensor) else value
-
     kept = {
-        name: copied(getattr(path, name))
+        name: _copied(getattr(path, name))
         for name in ("steps", "totals", "moved", "crossed", "behind", "start", "weighted")
     }
     return kept | {
@@ -320,21 +310,18 @@ def _plain(path: Path) -> dict[str, Any]:
         "last_rate": float(path.last_rate),
         "decays": None if path.decays is None else list(path.decays),
         "history": [list(entry) for entry in path.history],
-        "ring": [copied(rows) for rows in path.ring],
-        "bias": [copied(rows) for rows in path.bias],
-        "counted": [copied(taken) for taken in path.counted],
+        "ring": [_copied(rows) for rows in path.ring],
+        "bias": [_copied(rows) for rows in path.bias],
+        "counted": [_copied(taken) for taken in path.counted],
     }
 
 
 def _restored(kept: Mapping[str, Any]) -> Path:
-    def copied(value: Any) -> Any:
-        return value.detach().clone() if isinstance(value, Tensor) else value
-
-    path = Path(**{name: copied(kept[name]) for name in kept if name not in _REBUILT})
+    path = Path(**{name: _copied(kept[name]) for name in kept if name not in _REBUILT})
     path.decays = None if kept["decays"] is None else (kept["decays"][0], kept["decays"][1])
     path.history = [(age, norm) for age, norm in kept["history"]]
     for name in ("ring", "bias", "counted"):
-        getattr(path, name).extend(copied(value) for value in kept[name])
+        getattr(path, name).extend(_copied(value) for value in kept[name])
     return path
 
 
