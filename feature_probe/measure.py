@@ -179,6 +179,7 @@ def measure(
         described,
         keep=True,
         weights=weights,
+        depths=reduced[-1].depths,
         parts=None if jackknife is None else parts,
     )
 

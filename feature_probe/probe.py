@@ -513,7 +513,13 @@ class FeatureProbe:
         }
         weights = {i: weight for i, weight in enumerate(reduced.weights) if weight is not None}
         report = self._assembler.report(
-            window, self._step, settings, keep=self._keep, weights=weights, initial=self._initial
+            window,
+            self._step,
+            settings,
+            keep=self._keep,
+            weights=weights,
+            depths=reduced.depths,
+            initial=self._initial,
         )
         if self._step == 0:
             self._initial = {(r.layer, r.label): r.cosine for r in report.records}

@@ -185,5 +185,5 @@ def test_decay_in_the_loss_is_named() -> None:
             optimizer.step()
         assert probe.report is not None
         premises.append(probe.report.record("0", "fact").premise)
-    assert "contains λW" in premises[0]
+    assert "gradient contains that" in premises[0]
     assert premises[1] == ""

@@ -56,6 +56,7 @@ class Layer:
         weight: Its shape and dtype; None where it is sharded or this rank has none, as of a layer
             that computes its weight and that this rank never called.
         checksum: Sum and norm of the weight; empty where it is sharded or missing.
+        depth: Its number from the output in a chain of layers; None where this rank saw no chain.
     """
 
     held: Held
@@ -66,10 +67,16 @@ class Layer:
     sharded_weight: bool
     weight: tuple[tuple[int, ...], torch.dtype] | None
     checksum: tuple[float, ...]
+    depth: int | None = None
 
     @classmethod
     def of(
-        cls, moments: Moments, held: Held, weight: Tensor | None, checksum: tuple[float, ...]
+        cls,
+        moments: Moments,
+        held: Held,
+        weight: Tensor | None,
+        checksum: tuple[float, ...],
+        depth: int | None = None,
     ) -> Layer:
         """The description of a target's sums."""
         sums = {kind: getattr(moments, kind) for kind in _KINDS}
@@ -87,6 +94,7 @@ class Layer:
             sharded_weight=is_sharded(weight),
             weight=_description(weight),
             checksum=checksum,
+            depth=depth,
         )
 
 
@@ -160,6 +168,17 @@ class Union:
         for header in reversed(self.headers):
             found |= header.problems
         return found
+
+    @property
+    def depths(self) -> dict[str, int]:
+        """Where the layers are one chain on all ranks: the number of each from the output."""
+        own = {
+            tuple((name, layer.depth) for name, layer in sorted(header.layers.items()))
+            for header in self.headers
+        }
+        if len(own) > 1:
+            return {}
+        return {name: depth for name, depth in next(iter(own)) if depth is not None}
 
     @property
     def sharded_weights(self) -> list[str]:

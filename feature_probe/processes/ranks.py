@@ -101,7 +101,8 @@ class Ranks:
             weight = (kept or {}).get(index, weight)
             shared = in_training and recorder.reader.uses_parameter(index)
             local: Held = "mean" if in_training else "sum"
-            parts.append(Part(target.name, "shared" if shared else local, weight))
+            depth = (observer.depths or {}).get(target.name)
+            parts.append(Part(target.name, "shared" if shared else local, weight, depth))
         return reduce_window(window, parts, self.group, step)
 
 

@@ -52,11 +52,13 @@ class Part:
         name: The target's name, by which the ranks' sums are matched.
         held: How its gradient sums become one.
         weight: Its weight, sharded or not; None where there is none to be had.
+        depth: Its number from the output in a chain of layers; None where this rank saw no chain.
     """
 
     name: str
     held: Held
     weight: Tensor | None = None
+    depth: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,13 @@ class Reduced:
     Attributes:
         window: The sums of all ranks, for this rank's targets in their order.
         weights: The weight of each target, whole; None where there is none to be had.
+        depths: Where the layers are one chain on all ranks: the number of each from the output.
         elsewhere: Targets that only other ranks have met.
     """
 
     window: Window
     weights: list[Tensor | None]
+    depths: Mapping[str, int]
     elsewhere: tuple[str, ...] = ()
 
 
@@ -137,7 +141,8 @@ def reduce_window(
     """
     if group is None:
         names = [part.name for part in parts]
-        return Reduced(window, _make_whole(window, parts, names, names))
+        depths = {part.name: part.depth for part in parts if part.depth is not None}
+        return Reduced(window, _make_whole(window, parts, names, names), depths)
     device = _device(window, parts, group)
     union = Union(_exchange(_own_header(window, parts, step), group, device))
     union.check()
@@ -169,7 +174,8 @@ def _combine(
         sums.get((part.name, "weight")) if weight is None else weight
         for part, weight in zip(parts, weights, strict=True)
     ]
-    return Reduced(total, weights, tuple(name for name in union.names if name not in layers))
+    elsewhere = tuple(name for name in union.names if name not in layers)
+    return Reduced(total, weights, union.depths, elsewhere)
 
 
 def _fill(total: Moments, own: Moments, name: str, sums: Mapping[Key, Tensor]) -> None:
@@ -210,7 +216,9 @@ def _own_header(window: Window, parts: Sequence[Part], step: int) -> Header:
     try:
         checksums = _checksums([part.weight for part in parts])
         layers = {
-            part.name: Layer.of(window.layer(index), part.held, part.weight, checksums[index])
+            part.name: Layer.of(
+                window.layer(index), part.held, part.weight, checksums[index], part.depth
+            )
             for index, part in enumerate(parts)
         }
         problems: dict[Key, str] = {

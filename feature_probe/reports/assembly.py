@@ -84,6 +84,7 @@ class Assembler:
         *,
         keep: bool,
         weights: Mapping[int, Tensor] | None = None,
+        depths: Mapping[str, int] | None = None,
         initial: Mapping[tuple[str, str], float] | None = None,
         parts: Parts | None = None,
     ) -> Report:
@@ -95,6 +96,7 @@ class Assembler:
             settings: What the report says about how it was measured.
             keep: Whether the report holds the matrices, with a copy of the weights.
             weights: Stored weights, by target, to be used in place of those as they stand now.
+            depths: Where the layers are a chain: the number of each from the output, by name.
             initial: The cosines at step 0, by layer and label, where they were seen.
             parts: The window in groups, for intervals; None: there are none.
         """
@@ -103,7 +105,7 @@ class Assembler:
         diagnoses: list[Diagnosis] = []
         statistics_by_layer: dict[str, LayerStatistics] = {}
         for index, target in enumerate(self.targets):
-            facts = self._facts(index, window, step)
+            facts = replace(self._facts(index, window, step), depth=(depths or {}).get(target.name))
             diagnosis = Diagnosis(target.name)
             try:
                 statistics = self._statistics(index, window, keep, weights or {})
@@ -229,14 +231,12 @@ class Assembler:
         return missing
 
     def _facts(self, index: int, window: Window, step: int) -> LayerFacts:
-        depths = self.observer.depths or {}
         return LayerFacts(
             self.targets[index].name,
             step,
             window.examples,
             window.layer(index).rows,
             form="window" if self.doctor.in_training else "snapshot",
-            depth=depths.get(self.targets[index].name),
         )
 
     def _circumstances(self, index: int, window: Window) -> Circumstances:

@@ -97,7 +97,7 @@ class Observer:
         output_layers: Targets whose own output is f, so that K is the identity.
         repeated: Targets that one forward pass used more than once, so that K contains W.
         depths: Where the targets form a chain, the number of each from the output by name, 1 the
-            last; None until a pass was seen.
+            last; None until a pass was seen, empty once one used other layers.
     """
 
     def __init__(
@@ -278,13 +278,20 @@ class Observer:
         forward.examples = f.shape[0]
         forward.applied = Counter(call.index for call in calls)
         self.repeated |= {index for index, times in forward.applied.items() if times > 1}
-        if self.depths is None and f.requires_grad and calls:
-            found = remaining_depths(f, calls, edges)
-            self.depths = {self._targets[index].name: depth for index, depth in found.items()}
+        if f.requires_grad and calls:
+            self._note_depths(f, calls, edges)
         if "jacobian" in self._settings.needs:
             self._settings.jacobian.check(f)
             if f.requires_grad and calls:
                 self._stage_jacobian(forward, calls, edges, f)
+
+    def _note_depths(self, f: Tensor, calls: Sequence[Call], edges: Sequence[GradientEdge]) -> None:
+        """Whether the layers are a chain: asked of the first pass, and of the same layers ever."""
+        if self.depths is None:
+            found = remaining_depths(f, calls, edges)
+            self.depths = {self._targets[index].name: depth for index, depth in found.items()}
+        elif self.depths and self.depths.keys() != {self._targets[c.index].name for c in calls}:
+            self.depths = {}
 
     def _count(self, forward: ForwardPass, window: Window) -> None:
         """A pass counts: add what was staged for it."""

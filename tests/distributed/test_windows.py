@@ -189,6 +189,18 @@ def test_shards_of_all_dtypes_are_gathered_at_once(ranks: Pool) -> None:
         assert result["whole"][0] is None
 
 
+@pytest.mark.parametrize(
+    ("second", "agreed"), [({"a1": 2, "b2": 1}, {"a1": 2, "b2": 1}), ({"b2": 1}, {}), ({}, {})]
+)
+def test_a_chain_is_one_on_every_rank(
+    two: Pool, second: dict[str, int], agreed: dict[str, int]
+) -> None:
+    """The depth of a layer is said where all ranks saw the same chain, in whatever order."""
+    depths = {0: {"a1": 2, "b2": 1}, 1: second}
+    for result in two(jobs.reduce_plainly, [["a1", "b2"], ["b2", "a1"]], "mean", depths=depths):
+        assert result["depths"] == agreed
+
+
 def test_shards_of_columns_are_gathered(two: Pool) -> None:
     """A tensor may be sharded along another dimension than the first."""
     for result in two(jobs.gather_shards, [(5, 3), (2, 7)], -1):
@@ -239,5 +251,6 @@ def test_without_torch_distributed() -> None:
     reduced = reduce_window(window, [Part("a", "shared", model.weight)], None, 0)
     assert reduced.window is window
     assert reduced.weights[0] is model.weight
+    assert reduced.depths == {}
     with pytest.raises(ConfigurationError, match="distributed is not initialised"):
         resolve_group(model, "gloo")  # type: ignore[arg-type]

@@ -45,6 +45,7 @@ def plain(reduced: Reduced) -> dict[str, Any]:
         "counts": (window.steps, window.examples, window.left_out, window.discarded),
         "problems": window.problems,
         "weights": reduced.weights,
+        "depths": dict(reduced.depths),
         "elsewhere": reduced.elsewhere,
     }
 
@@ -86,7 +87,11 @@ def reduce_plainly(names: Sequence[Sequence[str]], held: str, **changes: Any) ->
     for index, weight in changes.get("weights", {}).get(rank, {}).items():
         window.layers[index].gradient_weight = weight
     step = changes.get("steps", {}).get(rank, 4)
-    parts = [Part(name, held, changes.get("tensors", {}).get(rank)) for name in own]  # type: ignore[arg-type]
+    depths = changes.get("depths", {}).get(rank, {})
+    parts = [
+        Part(name, held, changes.get("tensors", {}).get(rank), depths.get(name))  # type: ignore[arg-type]
+        for name in own
+    ]
     with counted() as calls:
         reduced = plain(reduce_window(window, parts, dist.group.WORLD, step))
     return reduced | {"calls": calls}
