@@ -14,7 +14,7 @@ expected of a record, in this order, and which words its reason must hold:
   applicable", scale-invariant; at frozen weights, which do not show that, "cannot tell", likewise;
 - in the loop: "holds" if further training finds the layer at rest (the mean weight moves by less
   than 10 % per unit of decay age and, under coupled decay, the mean gradient balances the decay to
-  15 %), "not yet" or "approaching" if it moves by more than 30 %;
+  15 %), "not yet" or "approaching" if it moves by more than 40 %;
 - at frozen weights: "holds" if the full gradient gives WᵀW to a cosine of 0.95 and within 20 %, and
   not so if it balances the decay to no better than 30 %;
 - nfa of the last layer: "trivial"; other nfa and enfa, in the loop and frozen: "aligned" if no one

@@ -62,6 +62,7 @@ def measure(
     step: int = 0,
     jackknife: int | None = None,
     population: int | None = None,
+    initial: Report | None = None,
     process_group: GroupChoice = "auto",
 ) -> Report:
     """Measure the relations at the model's weights as they stand, over a whole data set.
@@ -106,6 +107,9 @@ def measure(
             often. FACT of a sample says little of FACT of all the data, and gets none.
         population: Examples in the data set that ``loader`` is a sample of, without replacement,
             which narrows the intervals; None: a sample of unlimited data.
+        initial: What this function returned for the network before training: the same
+            architecture, on the same data, in the same way. A score that is also above the one
+            there is called "aligned" at half the distance from chance that is asked for without.
         process_group: The processes that measure one data set together, each with a part of it as
             its ``loader``; as in :class:`feature_probe.FeatureProbe`. All get the same report. The
             parts may be uneven; with ``fully_shard``, all must have the same number of batches.
@@ -115,7 +119,8 @@ def measure(
         The report, with its matrices.
 
     Raises:
-        ConfigurationError: for a bad argument, an empty loader, a batch of another shape than
+        ConfigurationError: for a bad argument, an empty loader, an ``initial`` of other layers or
+            another way of measuring, a batch of another shape than
             ``(input, target)`` without ``forward``, or a model output that is no tensor without
             ``output``.
     """
@@ -136,6 +141,8 @@ def measure(
     assembler = Assembler(
         model, discovery, observer, decay, asked, parse_powers(powers), Doctor(decay), scale
     )
+    compared = {"jacobian": jacobian, "num_probes": num_probes, "positions": positions}
+    before = _initial_scores(initial, targets, compared | {"eval_mode": eval_mode})
     groups = [Window() for _ in range(_groups(jackknife))]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with (
@@ -180,8 +187,33 @@ def measure(
         keep=True,
         weights=weights,
         depths=reduced[-1].depths,
+        initial=before,
         parts=None if jackknife is None else parts,
     )
+
+
+def _initial_scores(
+    initial: Report | None, targets: Sequence[Target], settings: Mapping[str, Any]
+) -> dict[tuple[str, str], float]:
+    """The cosines of a report of the untrained network, by layer and label."""
+    if initial is None:
+        return {}
+    if not isinstance(initial, Report):
+        raise ConfigurationError(
+            "initial must be the report that measure() returned for the network before training, "
+            f"got {type(initial).__name__}"
+        )
+    if not set(initial.layers) & {target.name for target in targets}:
+        raise ConfigurationError(
+            f"initial has none of this model's layers: it has {', '.join(initial.layers[:5])}"
+        )
+    for name, value in settings.items():
+        if initial.settings.get(name) != value:
+            raise ConfigurationError(
+                f"initial was measured with {name}={initial.settings.get(name)!r}, this with "
+                f"{value!r}: scores compare only if measured in the same way"
+            )
+    return {(r.layer, r.label): r.cosine for r in initial.records}
 
 
 def _groups(jackknife: int | None) -> int:

@@ -257,3 +257,41 @@ def test_level_is_nan_with_its_spread(k: int, d: int, power: float) -> None:
         got = shared_weight_level(one, other, power, CLAMP)
         assert math.isnan(got.cosine)
         assert math.isnan(got.spread)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+@pytest.mark.parametrize("shape", [(1, 72, 24), (1, 200, 30), (1, 400, 512)], ids=str)
+def test_a_weight_that_has_collapsed(shape: tuple[int, int, int], power: float) -> None:
+    """Nearly of rank 2, where a ratio of expectations is far too low (0.76 for 0.87)."""
+    groups, k, d = shape
+    weight = normal(groups, k, 2) @ normal(groups, 2, d, seed=1) / d**0.5
+    weight = weight + 1e-3 * normal(groups, k, d, seed=2) / d**0.5
+    values = torch.zeros(1, k, dtype=torch.float64)
+    values[0, :6] = torch.tensor([0.41, 0.28, 0.12, 0.08, 0.07, 0.02])
+    thin = torch.linalg.qr(weight[0]).Q if k > d else torch.eye(k, dtype=torch.float64)
+    r = thin.T @ weight[0]
+    cosines = []
+    for seed in range(300):
+        # the first six columns of a rotation, seen from the column space of W
+        frame = torch.linalg.qr(normal(k, 6, seed=1000 + seed)).Q
+        half = values[0, :6].sqrt()[:, None] * (frame.T @ thin @ r)
+        _, sizes, basis = torch.linalg.svd(half, full_matrices=False)
+        sizes = torch.where(sizes**2 > CLAMP * sizes[0] ** 2, sizes ** (2 * power), 0.0)
+        projected = (basis @ r.T).square().sum(1)
+        cosines.append(float(projected @ sizes / sizes.norm() / (r @ r.T).norm()))
+    expected = torch.tensor(cosines)
+    found = shared_weight_level(weight, kept(values), power, CLAMP)
+    assert abs(found.cosine - expected.mean()) < (0.02 if k < 400 else 0.06)
+    assert found.spread == pytest.approx(float(expected.std()), rel=0.25 if k < 400 else 0.5)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_spread_of_arctanh_is_that_of_samples(power: float) -> None:
+    """Few outputs and an uneven weight: the cosines crowd below 1, and arctanh spreads them."""
+    weight = normal(1, 4, 16) * torch.tensor([1.0, 0.5, 0.3, 0.2]).double()[:, None]
+    values = torch.tensor([[1.0, 0.5, 0.33, 0.25]]).double()
+    cosines = monte_carlo(weight, values, power, 3000)
+    found = shared_weight_level(weight, kept(values), power, CLAMP)
+    assert found.arctanh_spread == pytest.approx(float(cosines.atanh().std()), rel=0.2)
+    wide = shared_weight_level(normal(1, 300, 300), kept(decaying(1, 300)), power, CLAMP)
+    assert wide.arctanh_spread == pytest.approx(wide.spread / (1 - wide.cosine**2))

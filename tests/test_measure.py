@@ -108,3 +108,61 @@ def test_a_probe_that_made_no_report_says_so(caplog: pytest.LogCaptureFixture) -
         F.mse_loss(model(x), y).backward()
     assert "made no report" in caplog.text
     assert "probe.step()" in caplog.text
+
+
+def untrained_and_trained() -> tuple[Any, Any, Tensor, Tensor]:
+    """Reports of a network before training (alone), after it (alone, and beside the first)."""
+    torch.manual_seed(0)
+    x, y = torch.randn(400, 5).double(), torch.randn(400, 3).double()
+    model = network()
+    before = measure(model, [(x, y)], F.mse_loss, relations=("nfa", "fact"), progress=False)
+    with torch.no_grad():
+        model[0].weight.mul_(torch.tensor([1.0, 2.0, 3.0, 4.0]).double()[:, None])
+    return model, before, x, y
+
+
+def test_an_initial_report_gives_the_score_before_training() -> None:
+    """Every record has the cosine of the untrained network; without it there is none."""
+    model, before, x, y = untrained_and_trained()
+    after = measure(
+        model, [(x, y)], F.mse_loss, relations=("nfa", "fact"), initial=before, progress=False
+    )
+    for record in after.records:
+        first = before.record(record.layer, record.relation, record.power)
+        assert record.initial_cosine == first.cosine or math.isnan(first.cosine)
+        assert math.isnan(first.initial_cosine)
+    assert "at initialisation" in after.record("0", "nfa", 1.0).because
+    assert "at initialisation" not in before.record("0", "nfa", 1.0).because
+
+
+@pytest.mark.parametrize(
+    ("initial", "change", "match"),
+    [
+        ("a report", {}, "the report that measure\\(\\) returned"),
+        (None, {"jacobian": "random"}, "jacobian='exact', this with 'random'"),
+        (None, {"positions": "reduce"}, "positions='expand', this with 'reduce'"),
+        (None, {"eval_mode": False}, "eval_mode=True, this with False"),
+    ],
+)
+def test_an_initial_report_that_does_not_compare(
+    initial: Any, change: dict[str, Any], match: str
+) -> None:
+    """Something else than a report, and one measured otherwise, are refused before any pass."""
+    model, before, x, y = untrained_and_trained()
+
+    def never(output: Tensor, target: Tensor) -> Tensor:
+        raise AssertionError("a pass was made")
+
+    with pytest.raises(ConfigurationError, match=match):
+        measure(model, [(x, y)], never, initial=initial or before, progress=False, **change)
+
+
+def test_an_initial_report_of_another_network() -> None:
+    """No layer in common is refused, with what it has."""
+    _, before, x, y = untrained_and_trained()
+    other = nn.ModuleDict({"body": nn.Linear(5, 3)}).double()
+    with pytest.raises(ConfigurationError, match="it has 0, 2"):
+        measure(
+            other, [(x, y)], relations="nfa", initial=before, progress=False,
+            forward=lambda m, b: (m["body"](b[0]), None),
+        )  # fmt: skip

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import io
 import pickle
 import random
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -408,6 +410,15 @@ def exercise(model: nn.Module) -> None:
             F.cross_entropy(model(torch.randn(6, 3, 32, 32)), torch.zeros(6).long()).backward()
 
 
+@pytest.fixture
+def nothing_compiled() -> None:
+    """As in a process that never compiled anything: else inert hooks are on the model itself."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+        gc.collect()
+
+
+@pytest.mark.usefixtures("nothing_compiled")
 def test_a_deep_copy_during_probing_has_no_trace() -> None:
     """Copies made at any moment carry no hook, and running them changes no report."""
 
@@ -421,6 +432,7 @@ def test_a_deep_copy_during_probing_has_no_trace() -> None:
     assert_no_influence(disturb)
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 def test_pickles_during_probing_have_no_reference_to_the_probe() -> None:
     """Pickle and torch.save of the model at any moment know nothing of feature_probe."""
 

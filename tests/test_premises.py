@@ -13,6 +13,9 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from feature_probe import ConfigurationError, FeatureProbe, Record, Report, measure
+from feature_probe.reports.premises import Circumstances, premises
+from feature_probe.theory.invariance import ScaleInvariance
+from feature_probe.theory.relations import LayerStatistics
 
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.randint(0, 3, (64,), generator=torch.Generator().manual_seed(1))
@@ -329,3 +332,22 @@ def test_the_preflight_note_is_logged_on_attaching(caplog: pytest.LogCaptureFixt
         probe.attach()
         probe.detach()
     assert "read update_fact, not fact" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("balanced", "effect"),
+    [(0.5, "noted"), (0.11, "noted"), (0.09, "not applicable"), (-0.02, "not applicable"),
+     (float("nan"), "noted")],
+)  # fmt: skip
+def test_a_partly_invariant_layer_is_judged_by_what_its_gradient_balances(
+    balanced: float, effect: str
+) -> None:
+    """Under a tenth of the decay FACT cannot hold; above, or where that is unknown, it may."""
+    partly = ScaleInvariance("partly", 1e-5, 24, 32, "partly: each of its 24 rows")
+    weight = torch.ones(1, 24, 24)
+    statistics = LayerStatistics(
+        weight=weight, gradient=weight, jacobian=None, loss=None, weight_decay=0.01, tolerance=0.0
+    )
+    found = premises(Circumstances(invariance=partly, balanced=balanced), statistics)["gradient"]
+    assert found.effect == effect
+    assert ("FACT cannot hold" in found.text) is (effect == "not applicable")

@@ -154,6 +154,9 @@ def test_a_layer_known_not_to_be_invariant_is_not_excused_at_frozen_weights() ->
         ({"cosine": 0.285, "initial_cosine": 0.25}, "cannot tell"),
         ({"cosine": 0.32, "initial_cosine": 0.32}, "aligned"),  # more than training can lack
         ({"cosine": 0.999, "chance_cosine": -0.5, "initial_cosine": 1.0}, "aligned"),
+        ({"cosine": 0.5, "chance_arctanh_spread": 0.12}, "at chance"),  # 2.9 of them
+        ({"cosine": 0.5, "chance_arctanh_spread": 0.1}, "cannot tell"),  # 3.5
+        ({"cosine": 0.5, "chance_arctanh_spread": 0.05}, "aligned"),  # 6.9
         ({"cosine": 0.5, "shared_weight_cosine": 0.49}, "at chance"),
         ({"cosine": 0.5, "shared_weight_cosine": 0.3}, "aligned"),
         ({"cosine": 0.05}, "below chance"),
@@ -264,5 +267,5 @@ def test_untrained_networks_are_not_aligned() -> None:
 def test_an_early_stop_is_not_called_held() -> None:
     """The oracle's own rules: what still moves is not at rest, what is between is left open."""
     assert is_at_rest(0.09, 0.14) == is_at_rest(0.1, None) == "reached"
-    assert is_at_rest(0.31, None) == is_at_rest(0.01, 0.46) == "not reached"
-    assert is_at_rest(0.2, None) == is_at_rest(0.01, 0.2) == "between"
+    assert is_at_rest(0.41, None) == is_at_rest(0.01, 0.61) == "not reached"
+    assert is_at_rest(0.3, None) == is_at_rest(0.01, 0.2) == "between"

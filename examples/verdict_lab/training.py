@@ -23,6 +23,8 @@ from verdict_lab.networks import ACTIVATIONS, CLASSES, NETWORKS, make_data, name
 
 EQUALITIES = ("fact", "bfact", "update_fact", "update_bfact")
 PROPORTIONALITIES = ("nfa", "enfa")
+#: Steps of their window.
+LEARNED = 64
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,11 @@ class Setting:
         return self.lr * decay / (1 - momentum) or 4e-3
 
     @property
+    def unaged(self) -> bool:
+        """Whether no decay age is defined: the decay goes through Adam's second moment."""
+        return self.optimizer in COUPLED_ADAPTIVE
+
+    @property
     def unit(self) -> int:
         """Steps per unit of decay age."""
         return max(16, round(1 / self.rate))
@@ -104,53 +111,144 @@ OPTIMIZERS: dict[str, Callable[[Groups, float, float], torch.optim.Optimizer]] =
 
 
 @dataclass
+class Segment:
+    """Sums over some steps, float64, by layer.
+
+    Attributes:
+        steps: How many, of which the last may not have its update yet.
+        weight: Σ W.
+        gradient: Σ G.
+        squares: Σ ‖G‖².
+        dots: Σ ⟨W, G⟩.
+        norms: Σ ‖W‖².
+        rates: Σ η over the updates.
+        update: Σ ηU, where W₊ = (1 − ηλ)W − ηU.
+        latest: W of the last step.
+    """
+
+    steps: int = 0
+    weight: dict[str, Tensor] = field(default_factory=dict)
+    gradient: dict[str, Tensor] = field(default_factory=dict)
+    squares: dict[str, float] = field(default_factory=dict)
+    dots: dict[str, float] = field(default_factory=dict)
+    norms: dict[str, float] = field(default_factory=dict)
+    rates: float = 0.0
+    update: dict[str, Tensor] = field(default_factory=dict)
+    latest: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
 class Follower:
-    """Means of weights and gradients over equal segments of some steps, float64, by brute force.
+    """Sums of weights, gradients and updates over equal segments of some steps, by brute force.
 
     Attributes:
         layers: Weights by layer name.
         first: First step.
         length: Steps of a segment.
-        segments: Means per segment, W and G by layer.
+        decay: λ.
+        count: Segments.
+        segments: Those there are.
     """
 
     layers: dict[str, nn.Parameter]
     first: int
     length: int
-    segments: list[dict[str, tuple[Tensor, Tensor]]] = field(default_factory=list)
+    decay: float
+    count: int = 4
+    segments: list[Segment] = field(default_factory=list)
+    _rate: float = 0.0
 
-    def see(self, step: int) -> None:
-        """Before the optimizer's step, with the gradients in place."""
+    def see(self, step: int, rate: float) -> None:
+        """Before the optimizer's step, with the gradients in place; η is ``rate``."""
         place = step - self.first
-        if not 0 <= place < 4 * self.length:
+        if 0 < place <= self.count * self.length:
+            self._finish(self.segments[-1])
+        if not 0 <= place < self.count * self.length:
             return
         if place % self.length == 0:
-            self.segments.append({})
-        latest = self.segments[-1]
+            self.segments.append(Segment())
+        now = self.segments[-1]
+        now.steps += 1
+        self._rate = rate
         for name, weight in self.layers.items():
             slope = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            pair = weight.detach().double().flatten(1), slope.double().flatten(1)
-            if name in latest:
-                latest[name][0].add_(pair[0])
-                latest[name][1].add_(pair[1])
-            else:
-                latest[name] = pair[0].clone(), pair[1].clone()
+            w, g = weight.detach().double().flatten(1), slope.double().flatten(1)
+            now.latest[name] = w
+            now.weight[name] = now.weight.get(name, 0) + w
+            now.gradient[name] = now.gradient.get(name, 0) + g
+            for sums, value in ((now.squares, g * g), (now.dots, w * g), (now.norms, w * w)):
+                sums[name] = sums.get(name, 0.0) + float(value.sum())
 
-    def mean(self, name: str, which: int, segment: int | None = None) -> Tensor:
-        """Mean of W (which 0) or G (1), over one segment or all."""
+    def _finish(self, segment: Segment) -> None:
+        """What the last step did, now that the weights after it are there."""
+        segment.rates += self._rate
+        for name, weight in self.layers.items():
+            before, after = segment.latest[name], weight.detach().double().flatten(1)
+            pushed = (1 - self._rate * self.decay) * before - after
+            segment.update[name] = segment.update.get(name, 0) + pushed
+
+    def mean_weight(self, name: str, segment: int | None = None) -> Tensor:
+        """Mean of W over one segment or all."""
         chosen = self.segments if segment is None else [self.segments[segment]]
-        total = torch.stack([part[name][which] for part in chosen]).mean(0)
-        return total / self.length
+        return _total([s.weight[name] for s in chosen]) / sum(s.steps for s in chosen)
+
+    def slope(self, name: str, *, update: bool) -> Tensor:
+        """Mean of G over all steps, or U of all of them together."""
+        if update:
+            return _total([s.update[name] for s in self.segments]) / self.rates
+        return _total([s.gradient[name] for s in self.segments]) / self.steps
+
+    @property
+    def steps(self) -> int:
+        """How many were seen."""
+        return sum(segment.steps for segment in self.segments)
+
+    @property
+    def rates(self) -> float:
+        """Σ η of them."""
+        return sum(segment.rates for segment in self.segments)
+
+    def balanced(self, name: str) -> float:
+        """−Σ⟨W, G⟩/λΣ‖W‖²."""
+        dots, norms = (
+            sum(s[name] for s in sums)
+            for sums in (
+                [segment.dots for segment in self.segments],
+                [segment.norms for segment in self.segments],
+            )
+        )
+        return -dots / (self.decay * norms) if self.decay else 0.0
+
+    def mean_square(self, name: str) -> float:
+        """Mean of ‖G‖² over all steps."""
+        return sum(segment.squares[name] for segment in self.segments) / self.steps
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts).sum(0)
 
 
 @dataclass
 class Outcome:
-    """What a run leaves: reports, followers and the network's states by stage, and the data."""
+    """What a run leaves.
+
+    Attributes:
+        setting: The run's.
+        reports: By stage.
+        followers: Of what comes after a stage ("early", "late"), and of the windows of the reports
+            ("early window", "window").
+        networks: The network at a stage, and before training ("untrained").
+        states: At each step of the window of nfa and enfa, with the batch.
+        data: All of it.
+        loss: At the end.
+        trivial_loss: Of guessing.
+    """
 
     setting: Setting
     reports: dict[str, Report]
     followers: dict[str, Follower]
-    networks: dict[str, list[nn.Module]]
+    networks: dict[str, nn.Module]
+    states: list[tuple[nn.Module, Tensor, Tensor]]
     data: tuple[Tensor, Tensor]
     loss: float
     trivial_loss: float
@@ -224,30 +322,40 @@ def train(setting: Setting) -> Outcome:
     steps = round(setting.age * unit)
     early = max(round(setting.early * unit), 8)
     end, settle = steps + 2 * unit, round(setting.settle * unit)
+    decay = setting.decay
+    spans = {"early window": min(early + 1, setting.window), "window": setting.window}
     followers = {
-        "early": Follower(layers, early, unit // 4),
-        "late": Follower(layers, steps, unit // 2),
+        "early": Follower(layers, early, unit // 4, decay),
+        "late": Follower(layers, steps, unit // 2, decay),
+        "early window": Follower(
+            layers, early + 1 - spans["early window"], spans["early window"], decay, 1
+        ),
+        "window": Follower(layers, steps + 1 - spans["window"], spans["window"], decay, 1),
     }
     due = {0, early, steps - unit, steps}
     kept = _Keep()
-    stood = {early: "early"} | {steps - back: "window" for back in range(56, -1, -8)}
-    networks: dict[str, list[nn.Module]] = {"early": [], "window": [], "frozen": [network]}
     blank = copy.deepcopy(network)  # a copy made later would have the probe's hooks
+    networks = {"frozen": network, "untrained": copy.deepcopy(blank)}
+    states: list[tuple[nn.Module, Tensor, Tensor]] = []
     stream = _batches(data, setting.batch, setting.seed)
     equalities = FeatureProbe(
         network, optimizer=optimizers, every=due.__contains__, window=setting.window,
         relations=EQUALITIES, sinks=[kept], strict=True,
     )  # fmt: skip
     proportionalities = FeatureProbe(
-        network, optimizer=optimizers, every={0, steps}.__contains__, window=64,
+        network, optimizer=optimizers, every={0, steps}.__contains__, window=LEARNED,
         relations=PROPORTIONALITIES, jacobian="exact", strict=True,
     )  # fmt: skip
     with equalities, proportionalities:
         for step in range(end + settle):
-            if step in stood:
-                networks[stood[step]].append(copy.deepcopy(blank))
-                networks[stood[step]][-1].load_state_dict(network.state_dict())
             x, y = data if step >= end else next(stream)
+            if step == early or steps - LEARNED < step <= steps:
+                copied = copy.deepcopy(blank)
+                copied.load_state_dict(network.state_dict())
+                if step == early:
+                    networks["early"] = copied
+                else:
+                    states.append((copied, x, y))
             factor = _factor(setting, step, end, settle)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -255,11 +363,15 @@ def train(setting: Setting) -> Outcome:
                 optimizer.zero_grad()
             F.cross_entropy(network(x), y).backward()  # type: ignore[no-untyped-call]
             for follower in followers.values():
-                follower.see(step)
+                follower.see(step, setting.lr * factor)
             for optimizer in optimizers:
                 optimizer.step()
     loader = DataLoader(TensorDataset(*data), batch_size=len(data[0]))
-    frozen = measure(network, loader, F.cross_entropy, optimizer=optimizers, progress=False)
+    networks["window"] = states[-1][0]
+    before = measure(networks["untrained"], loader, F.cross_entropy, progress=False)
+    frozen = measure(
+        network, loader, F.cross_entropy, optimizer=optimizers, progress=False, initial=before
+    )
     reports = {"early": kept.reports[early], "window": kept.reports[steps], "frozen": frozen}
     learned = proportionalities.report
     assert learned is not None
@@ -267,4 +379,4 @@ def train(setting: Setting) -> Outcome:
     with torch.no_grad():
         network.eval()
         loss = F.cross_entropy(network(data[0]), data[1]).item()
-    return Outcome(setting, reports, followers, networks, data, loss, math.log(CLASSES))
+    return Outcome(setting, reports, followers, networks, states, data, loss, math.log(CLASSES))

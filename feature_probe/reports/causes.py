@@ -28,6 +28,7 @@ _MARKS: tuple[tuple[str, str], ...] = (
     ("unseen", r"frozen weights do not show"),
     ("computed", r"computed from other parameters"),
     ("frozen", r"\bfrozen\b(?! weights)"),
+    ("invariant", r"\bpartly\b.* FACT cannot hold"),
     ("partly", r"\bpartly\b"),
     ("invariant", r"scale-invarian"),
     ("given", r"λ was given"),
@@ -41,6 +42,7 @@ _MARKS: tuple[tuple[str, str], ...] = (
     ("biased", r"\bbias|below rank"),
     ("underflow", r"underflow"),
     ("shared", r"used in several places"),
+    ("untrained", r"networks without training|at initialisation$"),
     ("noise", r"\bnoise\b|longer window"),
     ("no interval", r"no interval|^clipped"),
     ("random", r"random ([Jj]acobian|probe)"),
@@ -219,8 +221,24 @@ def _words(cause: str, record: Record, situation: Situation) -> str:
         "biased": f"{record.n_examples:,} examples are too few for it: the score is biased low",
         "underflow": "the gradients are so small that their squares vanish in float32",
         "shared": "the weight is used in several places, and the level by chance is not known",
+        "untrained": _like_untrained(record),
         "noise": noise,
     }.get(cause, "")
+
+
+def _like_untrained(record: Record) -> str:
+    if math.isnan(record.initial_cosine):
+        return "it is above chance, but no further than in networks that were never trained"
+    return "it is above chance, but hardly higher than it was before training"
+
+
+def _compare_untrained(situation: Situation) -> str:
+    """How to get a score from before training, where there is none."""
+    if all(math.isfinite(r.initial_cosine) for r in situation.asked("nfa", "enfa")):
+        return "train on, and see whether it leaves its score from before training"
+    if situation.in_loop:
+        return "probe from step 0 on, so that there is an initial score to compare with"
+    return "measure the untrained network in the same way and give that report as initial="
 
 
 def _train_on(situation: Situation) -> str:
@@ -306,6 +324,7 @@ _ADVICE: Mapping[str, str | Callable[[Situation], str]] = {
     "random": 'use measure(jacobian="exact"), which needs no random probes',
     "underflow": "use measure() in float64",
     "shared": "probe from step 0 on, so that there is an initial score to compare with",
+    "untrained": _compare_untrained,
     "frozen": _leave_frozen,
     "unseen": "put the probe into the training loop, whose steps show that",
     "loop only": "put the probe into the training loop, which sees the updates",

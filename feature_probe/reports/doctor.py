@@ -18,7 +18,7 @@ from feature_probe.reports.stationarity import Motion, judge, motion, step_scala
 from feature_probe.reports.verdicts import Standing, judged
 from feature_probe.sums.trajectory import Path, Trajectory
 from feature_probe.sums.window import Window
-from feature_probe.theory.invariance import scale_invariance
+from feature_probe.theory.invariance import StepScalars, scale_invariance
 from feature_probe.theory.matrices import LayerMatrices, to_algebra
 from feature_probe.theory.relations import RELATIONS, LayerStatistics, Sum
 
@@ -95,6 +95,7 @@ class Doctor:
             update=self.decay.update_premise(target),
             decays=moved.decays,
             invariance=invariance,
+            balanced=_NAN if scalars is None or not decay else _balanced(scalars, decay),
         )
         found = premises(known, statistics)
         slope: Sum = "update" if form == "decoupled" else "gradient"
@@ -182,6 +183,12 @@ class Doctor:
         if statistics.weight_decay == 0:
             return "not applicable", "no weight decay: nothing balances the gradient at rest"
         return judge(stationarity, noise, age, moved, snapshot=not self.in_training, slope=letter)
+
+
+def _balanced(scalars: StepScalars, decay: float) -> float:
+    """−Σ⟨W, G⟩/λΣ‖W‖²."""
+    squares = decay * float(scalars.weight.sum())
+    return -float(scalars.dot.sum()) / squares if squares > 0 else _NAN
 
 
 def _stationarity(statistics: LayerStatistics, slope: Sum) -> float:

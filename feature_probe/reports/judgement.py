@@ -193,7 +193,7 @@ def _examples(name: str, layer: LayerEvidence, ranks: int) -> Check:
 
 def _trajectory(name: str, layer: LayerEvidence, *, use_formed: bool) -> Check:
     """Whether gradients and steps belong together, by the state and by the weights."""
-    motion, rule = layer.motion, layer.motion.rule
+    said, rule = layer.implied, layer.implied.rule
     source = layer.formed if use_formed else layer.given
     reason = _unfollowed(layer)
     if reason or rule is None or source is None or layer.weights is None:
@@ -201,8 +201,8 @@ def _trajectory(name: str, layer: LayerEvidence, *, use_formed: bool) -> Check:
     total = layer.sign * source + rule.decay * layer.weights
     size = max(float(source.norm()), math.sqrt(sum(f.given for f in layer.steps)))
     allowed, gaps, blurred = _allowed(layer), [], False
-    sides = [(motion.stated, motion.state_noise(), "state")]
-    sides.append((motion.from_weights(), motion.weights_noise(), "weights"))
+    sides = [(said.stated, said.state_noise(), "state")]
+    sides.append((said.from_weights(), said.weights_noise(), "weights"))
     for implied, noise, side in sides:
         if implied is None or size == 0:
             continue
@@ -217,7 +217,7 @@ def _trajectory(name: str, layer: LayerEvidence, *, use_formed: bool) -> Check:
             return Check("trajectory", name, False, factor, gap, _moved(side, use_formed))
     if not gaps:
         text = "cannot tell: the rounding of the weights is too large beside their steps"
-        return Check("trajectory", name, None, message=text if blurred else motion.shift_reason)
+        return Check("trajectory", name, None, message=text if blurred else said.shift_reason)
     note = "" if use_formed else "with .grad in place of what the calls delivered"
     return Check("trajectory", name, True, 1.0, max(gaps), note)
 
@@ -236,43 +236,43 @@ def _moved(side: str, formed: bool) -> str:
 
 
 def _unfollowed(layer: LayerEvidence) -> str:
-    motion = layer.motion
-    if motion.reason:
-        return motion.reason
-    if not motion.constant:
+    implied = layer.implied
+    if implied.reason:
+        return implied.reason
+    if not implied.constant:
         return "the optimizer's weight_decay changed from one step to another"
-    if motion.rule is None or motion.steps != len(layer.steps):
+    if implied.rule is None or implied.steps != len(layer.steps):
         return "not every step was followed to its end"
     return ""
 
 
 def _weights(name: str, layer: LayerEvidence, wrapper: str) -> Check:
-    motion = layer.motion
-    if motion.changed and wrapper:
+    implied = layer.implied
+    if implied.changed and wrapper:
         text = (
-            f"changed {motion.changed} times between two steps, it seems by {wrapper}, which the "
+            f"changed {implied.changed} times between two steps, it seems by {wrapper}, which the "
             "optimizer is wrapped in and whose rule is not known"
         )
         return Check("weights", name, None, message=text)
-    if motion.changed:
+    if implied.changed:
         text = (
-            f"changed {motion.changed} times between two steps by something other than the "
+            f"changed {implied.changed} times between two steps by something other than the "
             "optimizer (a projection or clipping of weights, a swap for averaged ones, a loaded "
             "state): neither decay nor gradient explain where they are"
         )
         return Check("weights", name, False, message=text)
-    if motion.compared:
+    if implied.compared:
         return Check("weights", name, True)
     return Check("weights", name, None, message="there were no two steps to look between")
 
 
 def _weight_decay(name: str, layer: LayerEvidence, setting: Setting) -> Check:
-    motion, rule, reason = layer.motion, layer.motion.rule, _unfollowed(layer)
-    implied, noise = motion.stated, motion.state_noise()
+    said, rule, reason = layer.implied, layer.implied.rule, _unfollowed(layer)
+    implied, noise = said.stated, said.state_noise()
     if implied is None and not reason:
-        implied, noise = motion.from_weights(), motion.weights_noise()
+        implied, noise = said.from_weights(), said.weights_noise()
     if rule is None or reason or implied is None or layer.given is None or layer.weights is None:
-        text = reason or motion.shift_reason or "no step was followed to its end"
+        text = reason or said.shift_reason or "no step was followed to its end"
         return Check("weight decay", name, None, message=text)
     given, own = setting.decays.get(name), setting.own.get(name)
     if rule.decoupled:

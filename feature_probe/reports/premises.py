@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -22,6 +23,9 @@ _TRIVIAL = 1e-6
 #: Sampling errors of random probes that K may lie from one, and the distance up to which they show
 #: that it is one.
 _ERRORS, _SHARP = 2.5, 0.3
+#: Share of the decay that the gradients of a partly scale-invariant layer must balance if FACT is
+#: to be judged.
+_BALANCED = 0.1
 #: Largest entry of a float32 sum of squares below which its smaller entries have underflowed.
 _UNDERFLOW = 1e-30
 
@@ -45,6 +49,8 @@ class Circumstances:
         update: Why it keeps the update form from holding, or "".
         decays: Smallest and largest λ inside the window, where known.
         invariance: What the steps say of scale invariance; None where there were none.
+        balanced: Of the same steps −Σ⟨W, G⟩/λΣ‖W‖²: the share of the decay that the gradients
+            balance; NaN where unknown.
         output: Its own output is f.
         shared: The weight is used in several places, so that K contains W itself.
         rows: Output rows, over all groups.
@@ -58,6 +64,7 @@ class Circumstances:
     update: str = ""
     decays: tuple[float, float] | None = None
     invariance: ScaleInvariance | None = None
+    balanced: float = float("nan")
     output: bool = False
     shared: bool = False
     rows: int = 2
@@ -102,7 +109,10 @@ def _of_invariance(known: Circumstances) -> Premise | None:
     if invariance is None or invariance.kind in ("none", "unknown"):
         return None
     if invariance.kind == "partly":
-        return Premise(invariance.reason, "noted")
+        if abs(known.balanced) >= _BALANCED or math.isnan(known.balanced):
+            return Premise(invariance.reason, "noted")
+        share = f"{known.balanced:.2g} of it on these steps, so FACT cannot hold"
+        return Premise(f"{invariance.reason}, {share}", "not applicable")
     return Premise(invariance.reason, "not applicable")
 
 

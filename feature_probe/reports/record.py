@@ -30,6 +30,7 @@ FLOATS = (
     "spearman",
     "r_squared",
     "chance_spread",
+    "chance_arctanh_spread",
     "initial_cosine",
     "cosine_corrected",
     "fitted_power",
@@ -95,6 +96,8 @@ class Record:
         r_squared: Equalities: 1 − ‖X − A‖²/‖A − mean A‖² with the true λ. Proportionalities: that
             of the best one, 1 − min_c ‖A − cX‖²/‖A‖².
         chance_spread: Standard deviation of the cosine by chance about ``level_by_chance``.
+        chance_arctanh_spread: That of arctanh of the cosine, the scale on which spreads are
+            counted; NaN where only chance_spread is known.
         initial_cosine: The cosine at step 0 of this run; NaN where it was not seen.
         cosine_corrected: The cosine less the jackknife's estimate of its bias, the interval's
             centre.
@@ -138,6 +141,7 @@ class Record:
     spearman: float = _NAN
     r_squared: float = _NAN
     chance_spread: float = _NAN
+    chance_arctanh_spread: float = _NAN
     initial_cosine: float = _NAN
     cosine_corrected: float = _NAN
     fitted_power: float = _NAN

@@ -168,6 +168,7 @@ def _record(
         spearman=agreement.spearman,
         r_squared=scores.r_squared,
         chance_spread=agreement.chance_spread if shared is None else shared.spread,
+        chance_arctanh_spread=_NAN if shared is None else shared.arctanh_spread,
         fitted_power=_NAN if fitted is None else fitted.power,
         fitted_power_low=_NAN if fitted is None else fitted.flat_low,
         fitted_power_high=_NAN if fitted is None else fitted.flat_high,

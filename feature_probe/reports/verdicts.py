@@ -100,35 +100,44 @@ def _proportionality(record: Record, standing: Standing) -> tuple[str, str]:
     if math.isnan(level) or math.isnan(spread):
         return "cannot tell", "the level by chance is not known"
     said = f"cosine {cosine:.2f}, by chance {level:.2f} ± {spread:.2f}"
+    scale = record.chance_arctanh_spread
+    if math.isnan(scale):
+        scale = spread / max(1 - level**2, 1e-12)
     if not math.isnan(initial):
         said += f", at initialisation {initial:.2f}"
-        if _is_above(cosine, max(level, initial), spread, _CLEAR):
+        if _is_above(cosine, max(level, initial), scale, _CLEAR):
             return "aligned", said
-    if not shared and _is_above(cosine, level, spread, _SPREADS):
+    if not shared and _is_above(cosine, level, scale, _SPREADS):
         return "aligned", said
     if record.n_examples < _ENOUGH * standing.rows:
         return "cannot tell", (
             f"{said}, but {record.n_examples} examples for {standing.rows} rows bias it low"
         )
-    if _spreads(cosine, level, spread) <= -_BELOW and level - cosine >= GAIN * level:
+    if _spreads(cosine, level, scale) <= -_BELOW and level - cosine >= GAIN * level:
         return "below chance", said
-    if not shared and _is_above(cosine, level, spread, _CLEAR):
-        return "cannot tell", f"{said}: no further above it than networks without training can be"
+    if not shared and _is_above(cosine, level, scale, _CLEAR):
+        return "cannot tell", f"{said}: {_no_further(initial)}"
     return "at chance", said
 
 
-def _is_above(cosine: float, floor: float, spread: float, spreads: float) -> bool:
+def _no_further(initial: float) -> str:
+    """Why a score that is clearly above chance is not called aligned."""
+    if math.isnan(initial):
+        return "no further above it than networks without training can be"
+    return "above chance, but hardly above what it was at initialisation"
+
+
+def _is_above(cosine: float, floor: float, scale: float, spreads: float) -> bool:
     """Whether a score lies above a floor by so many spreads and by a share of the way to 1."""
-    return _spreads(cosine, floor, spread) >= spreads and cosine - floor >= GAIN * (1 - floor)
+    return _spreads(cosine, floor, scale) >= spreads and cosine - floor >= GAIN * (1 - floor)
 
 
-def _spreads(cosine: float, level: float, spread: float) -> float:
+def _spreads(cosine: float, level: float, scale: float) -> float:
     """How many spreads a cosine lies from a level, on Fisher's scale, where 1 is far away."""
     near = 1 - 1e-9
     apart = math.atanh(_within(cosine, near)) - math.atanh(_within(level, near))
-    scaled = spread / max(1 - level**2, 1e-12)
-    if scaled > 0 or apart == 0:
-        return apart / scaled if apart else 0.0
+    if scale > 0 or apart == 0:
+        return apart / scale if apart else 0.0
     return math.copysign(math.inf, apart)
 
 

@@ -1,7 +1,7 @@
 """Evidence for the self-test: the first steps of a training, with three sources for each gradient.
 
 Of every layer and step: Ĝ = Σ gᵀh of its calls over the loss scale, P, what the optimizer got in
-``param.grad``, and what the optimizer's step itself says (:mod:`feature_probe.sums.motion`). None
+``param.grad``, and what the optimizer's step itself says (:mod:`feature_probe.sums.implied`). None
 of them is made from another, so that a wrong factor in one shows. Numbers of a step wait for the
 device; about 60 bytes an entry of the weights are held, on the CPU once the steps are over.
 """
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from feature_probe.capture.sharding import is_sharded
 from feature_probe.layers.targets import Discovery, Target
 from feature_probe.sums.facts import StepFacts, step_facts
-from feature_probe.sums.motion import Motion, Rule, wide
+from feature_probe.sums.implied import Implied, Rule, wide
 from feature_probe.sums.staging import Followed
 from feature_probe.sums.stepping import StepScale, unwrap_optimizer
 
@@ -37,7 +37,7 @@ class LayerEvidence:
         given: Σ P.
         weights: Σ W, before each step.
         sign: −1 where the optimizer maximises.
-        motion: What the optimizer's steps say.
+        implied: What the optimizer's steps say.
     """
 
     reason: str = ""
@@ -48,11 +48,11 @@ class LayerEvidence:
     given: Tensor | None = None
     weights: Tensor | None = None
     sign: float = 1.0
-    motion: Motion = field(default_factory=Motion)
+    implied: Implied = field(default_factory=Implied)
 
     def close(self) -> None:
         """No more steps: sums go to the CPU."""
-        self.motion.close()
+        self.implied.close()
         for name in ("formed", "given", "weights"):
             held = getattr(self, name)
             setattr(self, name, None if held is None else held.cpu())
@@ -137,7 +137,7 @@ class Evidence:
         tensors = wide(formed), wide(given), wide(weight), by_example
         layer.steps.append(step_facts(*tensors, followed.reach[index], scale, followed))
         rule = Rule.of(optimizer, group)
-        layer.motion.begin(rule, weight, _state(rule, target, optimizer))
+        layer.implied.begin(rule, weight, _state(rule, target, optimizer))
         self._open[target.name] = target, optimizer, group
 
     def stop(self, error: Exception) -> None:
@@ -162,7 +162,7 @@ class Evidence:
             if parameter is not None and optimizer is not None:
                 weight = target.matrix(parameter.detach())
                 rule = Rule.of(optimizer, group)
-                self.layers[name].motion.end(weight, _state(rule, target, optimizer))
+                self.layers[name].implied.end(weight, _state(rule, target, optimizer))
         self.steps += int(read)
         if self.steps >= self.wanted:
             self.finish()
@@ -171,7 +171,7 @@ class Evidence:
         """A step ends that was not followed to its end."""
         self._open, self._read = {}, False
         for layer in self.layers.values():
-            layer.motion.missed()
+            layer.implied.missed()
 
     def finish(self) -> None:
         """Follow no more steps."""

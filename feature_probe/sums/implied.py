@@ -1,4 +1,4 @@
-"""Motion: what the optimizer's steps say that the gradients were, from weights and state alone.
+"""Implied gradients: what the optimizer's steps say that they were, from weights and state alone.
 
 With D_t = G_t + λW_t for coupled decay, and D_t = G_t where the decay is decoupled (λ of
 :class:`Rule` is 0 then), Σ_t D_t follows from the weights and the momentum buffers
@@ -80,7 +80,7 @@ class Rule:
 
 
 @dataclass
-class Motion:
+class Implied:
     """One layer's steps; sums in float64 where the device has it.
 
     Attributes:
