@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from feature_probe.processes.reduction import GroupChoice
 from feature_probe.reports.assembly import Assembler
 from feature_probe.reports.decay import WeightDecay
 from feature_probe.reports.doctor import Doctor
-from feature_probe.reports.intervals import Parts
+from feature_probe.reports.intervals import Parts, check_batches
 from feature_probe.reports.report import Report
 from feature_probe.sums.jacobian import JacobianSettings
 from feature_probe.sums.ledger import Positions, Reduction
@@ -143,7 +144,7 @@ def measure(
     )
     compared = {"jacobian": jacobian, "num_probes": num_probes, "positions": positions}
     before = _initial_scores(initial, targets, compared | {"eval_mode": eval_mode})
-    groups = [Window() for _ in range(_groups(jackknife))]
+    groups = [Window() for _ in range(_groups(jackknife, loader))]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with (
         left_as_found(model, eval_mode),
@@ -216,12 +217,14 @@ def _initial_scores(
     return {(r.layer, r.label): r.cosine for r in initial.records}
 
 
-def _groups(jackknife: int | None) -> int:
+def _groups(jackknife: int | None, loader: Iterable[Any]) -> int:
     if jackknife is None:
         return 1
     positive_integer("jackknife", jackknife)
     if jackknife < 2:
         raise ConfigurationError("jackknife needs two groups or more, and 8 for its intervals")
+    with contextlib.suppress(TypeError):  # a loader of iterable data does not know its length
+        check_batches(jackknife, len(loader))  # type: ignore[arg-type]
     return jackknife
 
 

@@ -315,7 +315,7 @@ def test_too_few_examples() -> None:
 
 def test_a_biased_interval() -> None:
     """A score with a verdict keeps it; that its interval is biased stays open."""
-    note = "biased low: 640 examples count, fewer than 10 × 512 rows"
+    note = "biased low: the examples are worth 640, fewer than 10 × 512 rows"
     made = report([record("nfa", "aligned", 0.9, interval_note=note)])
     holds, left_open, advice = told(made)
     assert "is aligned" in holds

@@ -153,7 +153,15 @@ NO_ERROR = Interval(0.4, NAN, NAN, NAN, NAN, 8, 0.0, "why")
     [
         (480, 8, True, True, None, ""),
         (480, 8, True, True, GOOD, ""),
-        (479, 8, True, True, None, "biased low: 479 examples count, fewer than 10 × 48 rows"),
+        (
+            479,
+            8,
+            True,
+            True,
+            None,
+            "biased low: the examples are worth 479 with gradients of one size, fewer than 10 × 48 "
+            "rows",
+        ),
         (480, 7, True, True, None, "cannot tell: 7 groups, fewer than 8"),
         (480, 8, False, True, None, "cannot tell: random Jacobians"),
         (480, 8, True, False, None, "cannot tell: a training window"),

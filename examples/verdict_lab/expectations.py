@@ -15,6 +15,7 @@ from verdict_lab.truth import (
     Balance,
     Chance,
     Invariance,
+    Rest,
     Window,
     balances,
     chances,
@@ -26,6 +27,8 @@ STAGES = ("early", "window", "learned", "frozen")
 NEEDS_WORK = ("not yet", "approaching")
 #: Examples per output row below which a score that is not above chance may be biased low.
 ENOUGH = 10
+#: ‖λW + G‖/‖λW‖ of the full gradient up to which frozen weights are at rest.
+AT_REST = 0.2
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Judged:
         expected: The right verdicts; empty where the truth is open.
         words: Of which the reason must hold one.
         long: The same score over two units of decay age at rest, by brute force; NaN elsewhere.
+        at_rest: Whether brute force finds the layer at rest; False where there is no such thing.
     """
 
     run: str
@@ -57,6 +61,7 @@ class Judged:
     expected: tuple[str, ...]
     words: tuple[str, ...] = ("",)
     long: float = float("nan")
+    at_rest: bool = False
 
     @property
     def kind(self) -> str:
@@ -166,15 +171,26 @@ class Truth:
             return _invariant(stage, self.invariance[stage, layer])
         if stage == "frozen":
             b = self.balance[layer]
-            if b.cosine >= 0.95 and b.residual <= 0.15 and b.distance <= 0.2:
+            if b.cosine >= 0.95 and b.residual <= 0.15 and b.distance <= AT_REST:
                 return ("holds",), ("cosine",)
             return OPEN if b.distance < 0.3 else ((*NEEDS_WORK, "cannot tell"), ("balance",))
-        return self._rest(stage, layer, record.label, coupled=gradient)
+        return self._rest(stage, record)
 
     def long(self, stage: str, record: Record) -> float:
         """The score over two units of decay age."""
         cosines = self.windows["long", record.layer].cosines
         return cosines.get(record.label, float("nan")) if stage == "window" else float("nan")
+
+    def at_rest(self, stage: str, record: Record) -> bool:
+        """Whether further training, or at frozen weights the full gradient, finds it at rest."""
+        if stage == "frozen":
+            return self.balance[record.layer].distance <= AT_REST
+        return stage == "window" and self._rest_of(stage, record) == "reached"
+
+    def _rest_of(self, stage: str, record: Record) -> Rest:
+        movement, balance = self.motion[stage, record.layer]
+        coupled = record.relation in ("fact", "bfact")
+        return is_at_rest(movement, balance if coupled else None)
 
     def _alignment(self, stage: str, record: Record) -> Expected:
         if record.layer == self.layers[-1] and record.relation == "nfa":
@@ -188,14 +204,13 @@ class Truth:
             return ("at chance", "below chance", "cannot tell"), ("by chance",)
         return ("at chance", "below chance"), ("by chance",)
 
-    def _rest(self, stage: str, layer: str, label: str, *, coupled: bool) -> Expected:
-        movement, balance = self.motion[stage, layer]
-        window = self.windows[stage, layer]
-        rest = is_at_rest(movement, balance if coupled else None)
+    def _rest(self, stage: str, record: Record) -> Expected:
+        window, label = self.windows[stage, record.layer], record.label
+        rest = self._rest_of(stage, record)
         if rest == "between":
             return OPEN
         if rest == "not reached":
-            if self.setting.unaged and window.distance <= 2 * window.noise:
+            if self.setting.unaged and not window.distance > 2 * window.noise:
                 return (*NEEDS_WORK, "cannot tell"), ("of ‖λW‖",)
             return NEEDS_WORK, ("of ‖λW‖",)
         if window.cosines[label] >= 0.96 and window.residuals[label] <= 0.13:
@@ -219,7 +234,7 @@ def judge(truth: Truth, stage: str, r: Record) -> Judged:
     """Hold one verdict to the truth."""
     return Judged(
         truth.setting.name, stage, r.layer, r.label, r.verdict, r.because, r.cosine, r.residual,
-        *truth.expect(stage, r), truth.long(stage, r),
+        *truth.expect(stage, r), truth.long(stage, r), truth.at_rest(stage, r),
     )  # fmt: skip
 
 
@@ -239,7 +254,8 @@ def _motion(outcome: Outcome, stage: str, layer: str, decay: float) -> tuple[flo
     follower = outcome.followers["early" if stage == "early" else "late"]
     weight, gradient = follower.mean_weight(layer), follower.slope(layer, update=False)
     moved = follower.mean_weight(layer, 3) - follower.mean_weight(layer, 0)
-    units = 3 * follower.length / outcome.setting.unit
+    rate = follower.rates / follower.steps / outcome.setting.lr
+    units = 3 * follower.length * rate / outcome.setting.unit
     balance = float((decay * weight + gradient).norm() / (decay * weight).norm())
     return float(moved.norm() / weight.norm()) / units, balance
 

@@ -136,7 +136,7 @@ class Window:
             under decoupled decay what the optimizer did beside the decay ("update_fact", ...).
         residuals: ‖WᵀW + WᵀS/λ‖/‖WᵀW‖ and so on.
         distance: ‖λW + S‖/‖λW‖.
-        noise: What independent steps add to it.
+        noise: What independent steps add to it; NaN for a single one.
         balanced: −Σ⟨W, G⟩/λΣ‖W‖² of the steps, the share of the decay that gradients balance.
     """
 
@@ -164,7 +164,8 @@ class Window:
             cosines[before + name] = _cosine(gram, fact)
             residuals[before + name] = float((gram - fact).norm() / gram.norm())
         pull = float((decay * weight).norm())
-        spread = max(squares - float(slope.square().sum()), 0.0) / max(steps - 1, 1)
+        rest = max(squares - float(slope.square().sum()), 0.0)
+        spread = rest / (steps - 1) if steps > 1 else math.nan
         distance = float((decay * weight + slope).norm()) / pull
         return cls(cosines, residuals, distance, math.sqrt(spread) / pull, balanced)
 

@@ -1,7 +1,8 @@
 """Random, untrained networks: none of their layers may be called aligned.
 
 Small networks of every kind of networks.py and ten of timm's, each measured on few examples with
-random probes and on many with exact Jacobians (timm's: with random probes).
+random probes and on many with exact Jacobians (timm's: with random probes), the small ones also
+beside the report of another such network as ``initial``.
 """
 
 from __future__ import annotations
@@ -60,19 +61,23 @@ class Untrained:
 
 
 def small_networks(count: int) -> Iterator[Untrained]:
-    """Networks of all kinds, widths and activations in turn, each measured twice."""
+    """Networks of all kinds, widths and activations in turn, each measured four times."""
     for number in range(count):
         kind = list(NETWORKS)[number % len(NETWORKS)]
         width = WIDTHS[number // len(NETWORKS) % len(WIDTHS)]
         activation = list(ACTIVATIONS)[number // 32 % len(ACTIVATIONS)]
         torch.manual_seed(number)
         network = NETWORKS[kind](width, ACTIVATIONS[activation])
+        other = NETWORKS[kind](width, ACTIVATIONS[activation])
         for examples in (24, 512):
             loader = DataLoader(TensorDataset(*make_data(kind, examples, number)), batch_size=128)
             jacobian: Literal["random", "exact"] = "random" if examples == 24 else "exact"
             report = measured(network, loader, F.cross_entropy, jacobian=jacobian)
             name = f"{kind} of width {width}, {activation}, {examples} examples, {jacobian} K"
             yield Untrained(name, report.records)
+            before = measured(other, loader, F.cross_entropy, jacobian=jacobian)
+            report = measured(network, loader, F.cross_entropy, jacobian=jacobian, initial=before)
+            yield Untrained(f"{name}, beside another untrained one", report.records)
 
 
 def timm_networks() -> Iterator[Untrained]:

@@ -28,6 +28,19 @@ _NOT_OF_FACT = (
 _NOT_ASKED = "no interval: measure(jackknife=8) gives one"
 
 
+def check_batches(groups: int, batches: int) -> None:
+    """Refuse groups without data.
+
+    Raises:
+        ConfigurationError: if there are fewer batches than groups.
+    """
+    if batches < groups:
+        raise ConfigurationError(
+            f"jackknife={groups} needs at least as many batches, the loader gives {batches}: use "
+            "smaller batches"
+        )
+
+
 @dataclass(frozen=True)
 class Parts:
     """A window in groups of batches.
@@ -63,12 +76,7 @@ class Parts:
         Raises:
             ConfigurationError: if there were fewer batches than groups.
         """
-        filled = sum(group.examples > 0 for group in self.groups)
-        if filled < len(self.groups):
-            raise ConfigurationError(
-                f"jackknife={len(self.groups)} needs at least as many batches, the loader gave "
-                f"{filled}: use smaller batches"
-            )
+        check_batches(len(self.groups), sum(group.examples > 0 for group in self.groups))
 
     @cached_property
     def whole(self) -> Window:

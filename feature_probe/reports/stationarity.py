@@ -187,6 +187,8 @@ def _steadiness(moved: Motion) -> float:
 
 def _without_clock(stationarity: float, noise: float, distance: str) -> tuple[State, str]:
     """The judgement where neither age nor steadiness is known."""
+    if math.isnan(noise):
+        return "cannot tell", f"{distance}; how much of it is minibatch noise is not known"
     if stationarity <= _BY_NOISE * noise:
         return "cannot tell", f"{distance}, which minibatch noise alone would give ({noise:.2g})"
     if stationarity <= _SETTLING:

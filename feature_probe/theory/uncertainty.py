@@ -158,7 +158,8 @@ def regime(
         return "cannot tell: " + "; ".join(doubts)
     biases = []
     if n < _EXAMPLES_PER_ROW * d_out:
-        biases.append(f"{n:.0f} examples count, fewer than {_EXAMPLES_PER_ROW} × {d_out} rows")
+        worth = f"the examples are worth {n:.0f} with gradients of one size"
+        biases.append(f"{worth}, fewer than {_EXAMPLES_PER_ROW} × {d_out} rows")
     if interval is not None and (left := _bias_left(interval)):
         biases.append(left)
     return "biased low: " + "; ".join(biases) if biases else ""
