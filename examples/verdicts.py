@@ -14,10 +14,12 @@ expected of a record, in this order, and which words its reason must hold:
   applicable", scale-invariant; at frozen weights, which do not show that, "cannot tell", likewise;
 - in the loop: "not yet" or "approaching" if further training finds the mean weight to move by more
   than 40 % per unit of decay age, or under coupled decay the mean gradient not to balance the decay
-  to 60 % (for Adam with L2, which has no decay age, "cannot tell" will do where the steps' own
-  noise is half of what is seen); if it moves by less than 10 % and balances to 15 %, the layer is
-  at rest: "holds" where W and the mean gradient or update of the same window agree to a cosine of
-  0.96 and 13 %, "cannot tell: a longer window" where they are more than 17 % apart;
+  to 60 %. "cannot tell" will do, too, for Adam with L2, which has no decay age, where the steps'
+  own noise is half of what is seen, and where the weight only turns at one size;
+- if it moves by less than 10 % and balances to 15 %, it is at rest: "holds" where W and the mean
+  gradient or update of the same window agree to a cosine of 0.96 and 13 %, "cannot tell: a longer
+  window" where they are more than 17 % apart. Update forms of one step are undefined, and scale
+  invariance is not asked for before eight followed steps;
 - at frozen weights: "holds" if the full gradient gives WᵀW to a cosine of 0.95 and within 15 %, and
   not so if it balances the decay to no better than 30 %;
 - nfa of the last layer: "trivial"; other nfa and enfa, in the loop and frozen: "aligned" if the

@@ -40,25 +40,38 @@ def test_no_false_alarm_and_no_wrong_reason(held_out: bool) -> None:
     assert _kinds(found, "wrong reason") == []
 
 
-@pytest.mark.parametrize(("held_out", "share"), [(False, 0.05), (True, 0.15)])
-def test_misses_are_few(held_out: bool, share: float) -> None:
-    """Of what is so, little is left unsaid: more in short windows, which the table has none of."""
-    found = _judged(held_out)
+def test_every_cell_of_the_table_is_right() -> None:
+    """No verdict is wrong or left open whose truth is clear, and the truth is clear for most."""
+    found = _judged(held_out=False)
+    assert _kinds(found, "miss") == _kinds(found, "undecided") == []
+    assert len(_kinds(found, "right")) >= 3 * len(_kinds(found, "open"))
+
+
+def test_misses_are_few_in_held_out_runs() -> None:
+    """Of what is so, little is left unsaid."""
+    found = _judged(held_out=True)
     scored = [judged for run in found for judged in run if judged.kind != "open"]
-    assert len(scored) >= 500
-    assert len(_kinds(found, "miss")) <= share * len(scored)
+    assert len(scored) >= 1500
+    assert len(_kinds(found, "miss")) <= 0.01 * len(scored)
+    assert len(_kinds(found, "undecided")) <= 0.02 * len(scored)
 
 
 def test_scores_at_rest_are_near_one() -> None:
-    """Where brute force finds a layer at rest, FACT's cosine is 0.99 in nearly all cases."""
-    scores = [
-        judged.cosine
-        for run in _judged(held_out=False)
-        for judged in run
-        if judged.expected == ("holds",)
-    ]
-    assert len(scores) >= 100
-    assert sum(score >= 0.99 for score in scores) >= 0.85 * len(scores)
+    """At rest FACT's cosine is 0.99; where the window is too noisy, it is over a longer one."""
+    at_rest = {
+        (stage, noisy): [
+            judged
+            for run in _judged(held_out=False)
+            for judged in verdicts.scores_at_rest(run, stage, noisy=noisy)
+        ]
+        for stage in ("window", "frozen")
+        for noisy in (False, True)
+    }
+    assert len(at_rest["window", False]) >= 60
+    assert len(at_rest["frozen", False]) >= 20
+    for stage in ("window", "frozen"):
+        assert min(judged.cosine for judged in at_rest[stage, False]) >= 0.99
+    assert min((judged.long for judged in at_rest["window", True]), default=1.0) >= 0.99
 
 
 def test_held_out_runs_are_many_and_varied() -> None:
@@ -75,7 +88,7 @@ def test_held_out_runs_are_many_and_varied() -> None:
 
 
 def test_no_untrained_network_is_aligned() -> None:
-    """Of more than 2,000 records of small and of timm's networks none is called aligned."""
+    """Of more than 4,000 records of small and of timm's networks none is called aligned."""
     seen = [*small_networks(112), *timm_networks()]
-    assert sum(network.judged for network in seen) >= 2000
+    assert sum(network.judged for network in seen) >= 4000
     assert [alarm for network in seen for alarm in network.alarms] == []

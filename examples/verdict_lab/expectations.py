@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,6 +28,11 @@ STAGES = ("early", "window", "learned", "frozen")
 NEEDS_WORK = ("not yet", "approaching")
 #: Examples per output row below which a score that is not above chance may be biased low.
 ENOUGH = 10
+#: |Change of ln ‖W‖| per unit of decay age up to which a weight only turns, and the same before the
+#: stage, up to which it was at rest already.
+STEADY, GROWING = 0.2, 0.07
+#: Followed steps from which on scale invariance is to be found.
+SEEN = 8
 #: ‖λW + G‖/‖λW‖ of the full gradient up to which frozen weights are at rest.
 AT_REST = 0.2
 
@@ -93,8 +99,9 @@ class Truth:
         chance: By stage, layer, relation and power.
         windows: What the windows of the stages hold, by stage and layer; "long" is that of two
             units of decay age after the second.
-        motion: ‖change of the mean weight‖/‖W‖ per unit of decay age after a stage, and
-            ‖λW + G‖/‖λW‖ of the means, by stage and layer.
+        motion: ‖change of the mean weight‖/‖W‖ per unit of decay age after a stage,
+            ‖λW + G‖/‖λW‖ of the means, and |change of ln ‖W‖| per unit, by stage and layer.
+        growth_before: The last of these in the unit of decay age before the second stage, by layer.
     """
 
     setting: Setting
@@ -104,7 +111,8 @@ class Truth:
     balance: dict[str, Balance]
     chance: dict[tuple[str, str, str, float], Chance]
     windows: dict[tuple[str, str], Window]
-    motion: dict[tuple[str, str], tuple[float, float]]
+    motion: dict[tuple[str, str], tuple[float, float, float]]
+    growth_before: dict[str, float]
 
     @classmethod
     def of(cls, outcome: Outcome) -> Truth:
@@ -148,6 +156,7 @@ class Truth:
                 for stage in ("early", "window")
                 for layer in layers
             },
+            {layer: _growth(outcome, "before", layer) for layer in layers},
         )  # fmt: skip
 
     @cached_property
@@ -167,7 +176,11 @@ class Truth:
             return ("not applicable",), ("no weight decay",)
         if gradient is (self.form == "decoupled"):
             return ("not applicable",), (f"{self.form} weight decay",)
+        if not gradient and stage != "frozen" and setting.window == 1:
+            return ("undefined",), ("two steps or more",)
         if gradient and self.invariance[stage, layer] != "none":
+            if stage != "frozen" and self.setting.followed(stage) < SEEN:
+                return (*NEEDS_WORK, "cannot tell"), ("of ‖λW‖",)
             return _invariant(stage, self.invariance[stage, layer])
         if stage == "frozen":
             b = self.balance[layer]
@@ -188,7 +201,7 @@ class Truth:
         return stage == "window" and self._rest_of(stage, record) == "reached"
 
     def _rest_of(self, stage: str, record: Record) -> Rest:
-        movement, balance = self.motion[stage, record.layer]
+        movement, balance, _ = self.motion[stage, record.layer]
         coupled = record.relation in ("fact", "bfact")
         return is_at_rest(movement, balance if coupled else None)
 
@@ -207,11 +220,13 @@ class Truth:
     def _rest(self, stage: str, record: Record) -> Expected:
         window, label = self.windows[stage, record.layer], record.label
         rest = self._rest_of(stage, record)
-        if rest == "between":
+        if rest == "between" or (rest == "reached" and self.growth_before[record.layer] > GROWING):
             return OPEN
         if rest == "not reached":
             if self.setting.unaged and not window.distance > 2 * window.noise:
                 return (*NEEDS_WORK, "cannot tell"), ("of ‖λW‖",)
+            if stage == "window" and self.motion[stage, record.layer][2] <= STEADY:
+                return (*NEEDS_WORK, "cannot tell"), ("of ‖λW‖",)  # it turns at one size
             return NEEDS_WORK, ("of ‖λW‖",)
         if window.cosines[label] >= 0.96 and window.residuals[label] <= 0.13:
             return ("holds",), ("off by",)
@@ -249,15 +264,28 @@ def _invariant(stage: str, kind: Invariance) -> Expected:
     return verdicts, ("scale-invarian",)
 
 
-def _motion(outcome: Outcome, stage: str, layer: str, decay: float) -> tuple[float, float]:
-    """Movement of the mean weight per unit of decay age, and balance, after a stage."""
-    follower = outcome.followers["early" if stage == "early" else "late"]
+def _motion(outcome: Outcome, stage: str, layer: str, decay: float) -> tuple[float, float, float]:
+    """Movement of the mean weight per unit of decay age, balance, and growth, after a stage."""
+    name = "early" if stage == "early" else "late"
+    follower = outcome.followers[name]
     weight, gradient = follower.mean_weight(layer), follower.slope(layer, update=False)
     moved = follower.mean_weight(layer, 3) - follower.mean_weight(layer, 0)
-    rate = follower.rates / follower.steps / outcome.setting.lr
-    units = 3 * follower.length * rate / outcome.setting.unit
     balance = float((decay * weight + gradient).norm() / (decay * weight).norm())
-    return float(moved.norm() / weight.norm()) / units, balance
+    moved_by = float(moved.norm() / weight.norm()) / _units(outcome, name)
+    return moved_by, balance, _growth(outcome, name, layer)
+
+
+def _growth(outcome: Outcome, name: str, layer: str) -> float:
+    """|Change of ln ‖W‖| per unit of decay age, from the first quarter to the last."""
+    first, last = (outcome.followers[name].segments[i].norms[layer] for i in (0, 3))
+    return abs(math.log(last / first)) / 2 / _units(outcome, name) if first and last else math.nan
+
+
+def _units(outcome: Outcome, name: str) -> float:
+    """Decay age from the first quarter to the last of what a follower saw."""
+    follower = outcome.followers[name]
+    rate = follower.rates / follower.steps / outcome.setting.lr
+    return 3 * follower.length * rate / outcome.setting.unit
 
 
 def _window(outcome: Outcome, name: str, layer: str, decay: float) -> Window:

@@ -84,6 +84,10 @@ class Setting:
         """Steps per unit of decay age."""
         return max(16, round(1 / self.rate))
 
+    def followed(self, stage: str) -> int:
+        """Steps in the windows of the reports so far: of step 0 and one or three more."""
+        return 1 + self.window * (1 if stage == "early" else 3)
+
     @property
     def name(self) -> str:
         """For tables."""
@@ -235,8 +239,8 @@ class Outcome:
     Attributes:
         setting: The run's.
         reports: By stage.
-        followers: Of what comes after a stage ("early", "late"), and of the windows of the reports
-            ("early window", "window").
+        followers: Of what comes after a stage ("early", "late"), of what came "before" the second,
+            and of the windows of the reports ("early window", "window").
         networks: The network at a stage, and before training ("untrained").
         states: At each step of the window of nfa and enfa, with the batch.
         data: All of it.
@@ -327,6 +331,7 @@ def train(setting: Setting) -> Outcome:
     followers = {
         "early": Follower(layers, early, unit // 4, decay),
         "late": Follower(layers, steps, unit // 2, decay),
+        "before": Follower(layers, steps - unit // 4 * 4, unit // 4, decay),
         "early window": Follower(
             layers, early + 1 - spans["early window"], spans["early window"], decay, 1
         ),

@@ -170,7 +170,7 @@ def judge(
         return _without_clock(stationarity, noise, distance)
     said = f"‖W‖ changes by {steady:.1%} per unit of decay age"
     if steady <= STEADY:
-        return "at stationarity", f"{said}: at rest on average; in this window {distance}"
+        return "at stationarity", f"{said}, so that its size is at rest; in this window {distance}"
     if steady <= _SETTLING:
         return "approaching", f"{said}; {distance}"
     return "far", f"{said}; {distance}"

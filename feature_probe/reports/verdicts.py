@@ -82,7 +82,7 @@ def _equality(record: Record, standing: Standing) -> tuple[str, str]:
         said = f"off by {record.residual:.2g} of ‖WᵀW‖"
         if math.isnan(record.residual):
             said = f"cosine {record.cosine:.2f}"
-        return "cannot tell", f"{said}, though {why}: a longer window averages the noise out"
+        return "cannot tell", f"{said}, though {why}: a longer window tells noise from motion"
     if record.form == "snapshot" and standing.diagnosis.scale_invariance == "unknown":
         return "cannot tell", f"{why}; {_UNSEEN}" if state in ("approaching", "far") else why
     if state == "approaching":
