@@ -310,6 +310,10 @@ def test_a_users_decoupled_optimizer() -> None:
         (lambda p: Needy(p, weight_decay=0.1), r"Needy could not be tried.*AttributeError.*mine"),
         (lambda p: CautiousDecay(p, weight_decay=0.1), "CautiousDecay: its steps are neither"),
         (lambda p: Hidden(p), "Hidden moves weights without weight_decay and without a gradient"),
+        (
+            lambda p: Hidden([{"params": p, "wd": 0.01}]),
+            r"rule of its own \('wd' in its groups; the probe reads 'weight_decay'\), not a form",
+        ),
         (lambda p: optim.ASGD(p), "ASGD decays by its own lambd"),
         (lambda p: optim.Adafactor(p, weight_decay=0.1), "Adafactor scales its learning rate"),
         (

@@ -7,6 +7,7 @@ user's own and a renamed optimizer are judged by their steps, not by their names
 from __future__ import annotations
 
 import math
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ _NAN = float("nan")
 #: The last results, so that asking at every report costs nothing.
 _CACHE: OrderedDict[Any, DecayBehaviour] = OrderedDict()
 _CACHED = 128
+#: What an optimizer may call its decay if not weight_decay.
+_OWN_NAME = re.compile(r"decay|^(wd|l2)$")
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ def _tried(optimizer: Optimizer, group: Mapping[str, Any], decay: float) -> Deca
                 return Twin(optimizer, group, start, lr, decay, seeded)
 
             try:
-                return _judged(make, name, group) if decay else _undecayed(make, name)
+                return _judged(make, name, group) if decay else _undecayed(make, name, group)
             except Exception as raised:  # the user's step may raise anything
                 text = " ".join(str(raised).split())[:160]
                 error = error or f"{type(raised).__name__}: {text}"
@@ -182,14 +185,18 @@ def _tried(optimizer: Optimizer, group: Mapping[str, Any], decay: float) -> Deca
     return _unknown(f"{name} could not be tried on a small matrix: {error}")
 
 
-def _undecayed(make: Make, name: str) -> DecayBehaviour:
+def _undecayed(make: Make, name: str, group: Mapping[str, Any]) -> DecayBehaviour:
     """With no weight_decay in the group: whether weights stay where no gradient moves them."""
     twin, start = make(matrix(0), PAIRS[0][0], 0.0), matrix(0)
     for _ in range(STEPS):
         if not torch.equal(twin.step(torch.zeros_like(start)), start):
+            called = [key for key in group if key != "weight_decay" and _OWN_NAME.search(key)]
+            own = (
+                f" ({called[0]!r} in its groups; the probe reads 'weight_decay')" if called else ""
+            )
             return _unknown(
                 f"{name} moves weights without weight_decay and without a gradient: it has a rule "
-                "of its own, not a form the probe knows"
+                f"of its own{own}, not a form the probe knows"
             )
     return DecayBehaviour("none", 0.0)
 
