@@ -146,15 +146,16 @@ def main() -> None:
 
     steps = epochs * len(loader)
 
-    def weigh(step: int) -> Report:
+    def weigh(step: int, initial: Report | None = None) -> Report:
         # One power, for a table that fits on a screen; the dashboard has s = 1, too.
         return measure(
-            model, loader, F.cross_entropy, weight_decay=WEIGHT_DECAY, powers=0.5, step=step
-        )
+            model, loader, F.cross_entropy, weight_decay=WEIGHT_DECAY, powers=0.5, step=step,
+            initial=initial,
+        )  # fmt: skip
 
     before = weigh(0)
     train(model, loader, epochs, run, every=20 if arguments.fast else 100)
-    after = weigh(steps)
+    after = weigh(steps, before)
 
     print(f"\n{after}\n\n{explain(before, after)}\n\n{conclude(after)}\n")
     print(f"test accuracy: {accuracy(model, x_test, y_test):.3f}")

@@ -179,16 +179,27 @@ def untrained_lines(count: int) -> list[str]:
     """Lines on networks without training."""
     lines = []
     for title, networks in (
-        (f"{count} small networks, each measured four times", small_networks(count)),
+        (f"{count} small networks, each measured twice", small_networks(count)),
         (f"{len(TIMM)} of timm's", timm_networks()),
     ):
         seen = list(networks)
-        alarms = [alarm for network in seen for alarm in network.alarms]
-        judged = sum(network.judged for network in seen)
-        lines.append(f"{title}: {judged} records, {len(alarms)} called aligned")
-        lines += [f"  - {alarm}" for alarm in alarms]
+        for beside in sorted({network.beside_another for network in seen}):
+            chosen = [network for network in seen if network.beside_another is beside]
+            alarms = [alarm for network in chosen for alarm in network.alarms]
+            judged = sum(network.judged for network in chosen)
+            how = (
+                f", with the score of another untrained one as initial= ({_NOT_SO})"
+                if beside
+                else ""
+            )
+            lines.append(f"{title}{how}: {judged} records, {len(alarms)} called aligned")
+            lines += [f"  - {alarm}" for alarm in alarms]
         print("\n".join(lines))
     return lines
+
+
+#: What a census line says of a use that is not meant.
+_NOT_SO = "not what it asks for: it must be this network's own before training"
 
 
 def cells(settings: Sequence[Setting], found: Sequence[Sequence[Judged]]) -> list[str]:
@@ -236,6 +247,8 @@ def _errors(settings: Sequence[Setting], found: Sequence[Sequence[Judged]]) -> l
         for j in judged
         if j.kind not in ("right", "open")
     ]
+    if not bad:
+        return ["Nothing."]
     groups = Counter((kind, stage, cause) for kind, stage, cause, _ in bad)
     lines = ["| | stage | cause | verdicts |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(key)} | {count} |" for key, count in groups.most_common()]
@@ -284,7 +297,7 @@ def page(
         "",
         *cells(table_settings(), table),
         "",
-        "Not right:",
+        "Not right, by cause:",
         "",
         *_errors(table_settings(), table),
         "",
@@ -310,7 +323,7 @@ def page(
         "",
         *cells(held_out_settings(), held_out),
         "",
-        "Not right:",
+        "Not right, by cause:",
         "",
         *_errors(held_out_settings(), held_out),
         "",

@@ -108,9 +108,10 @@ def measure(
             often. FACT of a sample says little of FACT of all the data, and gets none.
         population: Examples in the data set that ``loader`` is a sample of, without replacement,
             which narrows the intervals; None: a sample of unlimited data.
-        initial: What this function returned for the network before training: the same
-            architecture, on the same data, in the same way. A score that is also above the one
-            there is called "aligned" at half the distance from chance that is asked for without.
+        initial: What this function returned for this very network before training, on the same
+            data and in the same way. A score that is also above the one there is called "aligned"
+            at half the distance from chance that is asked for without. Another untrained network
+            will not do: they differ among themselves by more than chance.
         process_group: The processes that measure one data set together, each with a part of it as
             its ``loader``; as in :class:`feature_probe.FeatureProbe`. All get the same report. The
             parts may be uneven; with ``fully_shard``, all must have the same number of batches.

@@ -1,8 +1,9 @@
 """Random, untrained networks: none of their layers may be called aligned.
 
 Small networks of every kind of networks.py and ten of timm's, each measured on few examples with
-random probes and on many with exact Jacobians (timm's: with random probes), the small ones also
-beside the report of another such network as ``initial``.
+random probes and on many with exact Jacobians (timm's: with random probes). The small ones also
+beside the report of another such network as ``initial``: that is not what it asks for, as untrained
+networks differ among themselves by more than chance.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ measured = partial(measure, relations=("nfa", "enfa"), progress=False)
 
 @dataclass(frozen=True)
 class Untrained:
-    """One measurement of a network without training."""
+    """One measurement of a network without training, alone or beside that of another."""
 
     name: str
     records: list[Record]
+    beside_another: bool = False
 
     @property
     def judged(self) -> int:
@@ -77,7 +79,7 @@ def small_networks(count: int) -> Iterator[Untrained]:
             yield Untrained(name, report.records)
             before = measured(other, loader, F.cross_entropy, jacobian=jacobian)
             report = measured(network, loader, F.cross_entropy, jacobian=jacobian, initial=before)
-            yield Untrained(f"{name}, beside another untrained one", report.records)
+            yield Untrained(name, report.records, beside_another=True)
 
 
 def timm_networks() -> Iterator[Untrained]:

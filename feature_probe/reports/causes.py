@@ -238,7 +238,7 @@ def _compare_untrained(situation: Situation) -> str:
         return "train on, and see whether it leaves its score from before training"
     if situation.in_loop:
         return "probe from step 0 on, so that there is an initial score to compare with"
-    return "measure the untrained network in the same way and give that report as initial="
+    return "measure its weights from before training in the same way, and give that as initial="
 
 
 def _train_on(situation: Situation) -> str:

@@ -83,7 +83,9 @@ def _equality(record: Record, standing: Standing) -> tuple[str, str]:
         if math.isnan(record.residual):
             said = f"cosine {record.cosine:.2f}"
         return "cannot tell", f"{said}, though {why}: a longer window tells noise from motion"
-    if record.form == "snapshot" and standing.diagnosis.scale_invariance == "unknown":
+    unseen = record.form == "snapshot" and standing.diagnosis.scale_invariance == "unknown"
+    # what agrees as well as this is not kept from it
+    if unseen and not (agrees and state == "approaching"):
         return "cannot tell", f"{why}; {_UNSEEN}" if state in ("approaching", "far") else why
     if state == "approaching":
         return "approaching", why
