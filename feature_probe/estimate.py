@@ -37,6 +37,7 @@ class LayerEstimate:
         layer: Name.
         rows: Rows (examples × positions × calls) of one forward pass on the sample.
         sum_bytes: Bytes of its sums G, K and E.
+        initial_bytes: Bytes of its weight before training, for the init-centred relations.
         path_bytes: Most bytes of its path: the window's first weight, the running sum of weights
             where the decay is decoupled, three numbers a row of the latest 32 steps.
         forward_flops: Multiply-adds × 2 of its forward matrix product.
@@ -46,6 +47,7 @@ class LayerEstimate:
     layer: str
     rows: int
     sum_bytes: int
+    initial_bytes: int
     path_bytes: int
     forward_flops: float
     gram_flops: float
@@ -80,7 +82,8 @@ class Estimate:
 
     def __str__(self) -> str:
         rows = [
-            f"{entry.layer}: {entry.rows} rows, {_size(entry.sum_bytes + entry.path_bytes)}"
+            f"{entry.layer}: {entry.rows} rows, "
+            f"{_size(entry.sum_bytes + entry.initial_bytes + entry.path_bytes)}"
             for entry in self.layers
         ]
         return "\n".join(
@@ -150,7 +153,7 @@ def estimate_cost(
     settings = JacobianSettings(jacobian, num_probes)
     rows, products, seconds = _run(model, targets, sample, settings, output)
     layers = tuple(
-        _layer(target, count, needs, products, max_dim)
+        _layer(target, count, needs, products, max_dim, any(r.init_centered for r in asked))
         for target, count in zip(targets, rows, strict=True)
     )
     forward = sum(entry.forward_flops for entry in layers)
@@ -160,7 +163,7 @@ def estimate_cost(
     if "jacobian" in needs:
         extra += products * (forward - first)  # activation-only backward passes
     sums = sum(entry.sum_bytes for entry in layers)
-    paths = sum(entry.path_bytes for entry in layers)
+    paths = sum(entry.path_bytes + entry.initial_bytes for entry in layers)
     held, peak = sums + paths, sums * (2 if window > 1 else 1) + paths
     if jackknife is not None:  # the groups, all of them together, and a batch or a layer less one
         positive_integer("jackknife", jackknife)
@@ -177,7 +180,7 @@ def estimate_cost(
 
 
 def _layer(
-    target: Target, rows: int, needs: frozenset[Sum], products: int, max_dim: int
+    target: Target, rows: int, needs: frozenset[Sum], products: int, max_dim: int, centered: bool
 ) -> LayerEstimate:
     grams = sum(kind in needs for kind in ("jacobian", "loss")) if target.d_out <= max_dim else 0
     weight = target.groups * target.d_out * target.d_in
@@ -193,6 +196,7 @@ def _layer(
     return LayerEstimate(
         layer=target.name,
         rows=rows,
+        initial_bytes=weight * size * centered,
         path_bytes=path,
         sum_bytes=size * (grams * square + weight * ("gradient" in needs)),
         forward_flops=2.0 * rows * weight,

@@ -29,12 +29,13 @@ from feature_probe.reports.decay import WeightDecay
 from feature_probe.reports.doctor import Doctor
 from feature_probe.reports.intervals import Parts, check_batches
 from feature_probe.reports.report import Report
+from feature_probe.sums.initial import Given, InitialWeights
 from feature_probe.sums.jacobian import JacobianSettings
 from feature_probe.sums.ledger import Positions, Reduction
 from feature_probe.sums.observer import Observer, ObserverSettings
 from feature_probe.sums.stepping import parse_optimizers
 from feature_probe.sums.window import Window
-from feature_probe.theory.relations import Sum, parse_powers, parse_relations
+from feature_probe.theory.relations import Relation, Sum, parse_powers, parse_relations
 
 
 def measure(
@@ -64,6 +65,7 @@ def measure(
     jackknife: int | None = None,
     population: int | None = None,
     initial: Report | None = None,
+    initial_weights: Given = None,
     process_group: GroupChoice = "auto",
 ) -> Report:
     """Measure the relations at the model's weights as they stand, over a whole data set.
@@ -112,6 +114,8 @@ def measure(
             data and in the same way. A score that is also above the one there is called "aligned"
             at half the distance from chance that is asked for without. Another untrained network
             will not do: they differ among themselves by more than chance.
+        initial_weights: W₀ for the init-centred relations: a state dict, a file of one, or the
+            model as it was.
         process_group: The processes that measure one data set together, each with a part of it as
             its ``loader``; as in :class:`feature_probe.FeatureProbe`. All get the same report. The
             parts may be uneven; with ``fully_shard``, all must have the same number of batches.
@@ -141,8 +145,9 @@ def measure(
     decay = WeightDecay(discovery, parse_optimizers(optimizer), weight_decay)
     observer = Observer(model, discovery, settings, _raise, in_training=False, inject_leaf=True)
     assembler = Assembler(
-        model, discovery, observer, decay, asked, parse_powers(powers), Doctor(decay), scale
-    )
+        model, discovery, observer, decay, asked, parse_powers(powers), Doctor(decay), scale,
+        initial_weights=_initial_weights(model, asked, initial_weights),
+    )  # fmt: skip
     compared = {"jacobian": jacobian, "num_probes": num_probes, "positions": positions}
     before = _initial_scores(initial, targets, compared | {"eval_mode": eval_mode})
     groups = [Window() for _ in range(_groups(jackknife, loader))]
@@ -216,6 +221,20 @@ def _initial_scores(
                 f"{value!r}: scores compare only if measured in the same way"
             )
     return {(r.layer, r.label): r.cosine for r in initial.records}
+
+
+def _initial_weights(
+    model: nn.Module, relations: Sequence[Relation], given: Given
+) -> InitialWeights | None:
+    """W₀, where a relation asks for it."""
+    centered = [relation.name for relation in relations if relation.init_centered]
+    if not centered:
+        return None
+    if given is None:
+        raise ConfigurationError(
+            f"{centered[0]} needs initial_weights=, the state dict from before training"
+        )
+    return InitialWeights(model, given)
 
 
 def _groups(jackknife: int | None, loader: Iterable[Any]) -> int:

@@ -31,6 +31,7 @@ from feature_probe.selftest import SelfTest
 from feature_probe.sinks import Sink
 from feature_probe.sinks.outlets import Outlets
 from feature_probe.sums.collector import Collector
+from feature_probe.sums.initial import Given, InitialWeights, Store
 from feature_probe.sums.jacobian import JacobianSettings
 from feature_probe.sums.ledger import Positions, Reduction
 from feature_probe.sums.observer import Observer, ObserverSettings
@@ -102,6 +103,9 @@ class FeatureProbe:
         log_dir: Folder for TensorBoard event files and ``feature_probe.jsonl``.
         writer: The user's own ``SummaryWriter`` instead; it is flushed but not closed.
         sinks: More places to write reports to (:class:`feature_probe.sinks.Sink`).
+        initial_weights: W₀ for the init-centred relations: a state dict, a file of one, or the
+            model as it was. None: the weights as they stand at the first :meth:`attach`.
+        initial_store: Where W₀ is kept: "device", "cpu", or "half" (float16 in main memory).
         keep_matrices: Keep a copy of W and the sums with every report, so that ``report.matrix``
             and matrix pictures work, at about the memory that :meth:`estimate` names.
         max_dim: Layers with more output rows per group get no K and E (FACT and bFACT only).
@@ -148,6 +152,8 @@ class FeatureProbe:
         log_dir: str | os.PathLike[str] | None = None,
         writer: SummaryWriter | None = None,
         sinks: Iterable[Sink] = (),
+        initial_weights: Given = None,
+        initial_store: Store = "device",
         keep_matrices: bool = False,
         max_dim: int = 8192,
         max_outputs: int = 1024,
@@ -202,6 +208,11 @@ class FeatureProbe:
         )
         self._clock = DecayClock(self._optimizers)
         self._watch = StepWatch(self._optimizers, self._before_step, self._advance)
+        self._initial_weights = (
+            InitialWeights(self._model, initial_weights, initial_store)
+            if any(relation.init_centered for relation in asked)
+            else None
+        )
         self._assembler = Assembler(
             self._model,
             discovery,
@@ -211,7 +222,9 @@ class FeatureProbe:
             wanted,
             Doctor(self._decay, self._collector.trajectory, self._clock),
             on_fault=self._on_fault,
+            initial_weights=self._initial_weights,
         )
+        self._discovery = discovery
         self._initial: dict[tuple[str, str], float] = {}
         self._outlets = Outlets(
             log_dir, writer, sinks, self._on_fault, writes=self._ranks.is_writer
@@ -269,6 +282,8 @@ class FeatureProbe:
         if self._optimizers:
             self._watch.attach()
             logger.info("%s", "; ".join(self.preflight()))
+        if self._initial_weights is not None:
+            self._initial_weights.take(self._discovery.weights())
         if self._fresh:
             self._clock.start()
             self._fresh = False
@@ -314,6 +329,9 @@ class FeatureProbe:
             "rank": [self._ranks.rank, self._ranks.count],
             "clock": self._clock.state_dict(),
             "initial": [[*key, cosine] for key, cosine in self._initial.items()],
+            "initial_weights": {}
+            if self._initial_weights is None
+            else self._initial_weights.state_dict(),
             "collector": self._resumed or self._collector.state_dict(),
             "sinks": self._outlets.state_dict(),
         }
@@ -339,6 +357,8 @@ class FeatureProbe:
         self._clock.load_state_dict(state["clock"])
         self._fresh = False
         self._initial = {(layer, label): cosine for layer, label, cosine in state["initial"]}
+        if self._initial_weights is not None:
+            self._initial_weights.load_state_dict(state.get("initial_weights", {}))
         self._resumed = state["collector"]
         if list(state["rank"]) != [self._ranks.rank, self._ranks.count]:
             # another process's sums would be counted twice

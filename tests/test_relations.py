@@ -78,7 +78,9 @@ CASES: dict[str, LayerStatistics] = {
     "decay not known": statistics(1, 4, 9, decay=None),
 }
 ALL_CASES = pytest.mark.parametrize("name", CASES)
-ALL_RELATIONS = pytest.mark.parametrize("relation", RELATIONS)
+#: Those of W itself; the init-centred ones are the same of W − W₀ (test_init_centered.py).
+PLAIN = [name for name, relation in RELATIONS.items() if not relation.init_centered]
+ALL_RELATIONS = pytest.mark.parametrize("relation", PLAIN)
 
 
 def dense_power(matrix: Tensor, power: float) -> Tensor:
@@ -205,7 +207,7 @@ def test_the_clamp_is_of_the_sums() -> None:
 def test_an_absent_sum_is_refused(sum_name: str) -> None:
     """A prediction from a sum that was not measured raises; its scalars are NaN."""
     matrices = LayerMatrices(replace(CASES["wide"], **{sum_name: None}))
-    for relation in RELATIONS.values():
+    for relation in map(RELATIONS.__getitem__, PLAIN):
         if relation.needs == sum_name:
             with pytest.raises(ValueError, match="not measured"):
                 matrices.prediction(relation, None)
@@ -318,7 +320,7 @@ def test_stationarity_and_decay_ratio(name: str, slope: Sum) -> None:
 
 # --------------------------------------------------------------------------- R², fitted power
 
-PROPORTIONALITIES = [name for name, relation in RELATIONS.items() if not relation.is_equality]
+PROPORTIONALITIES = [name for name in PLAIN if not RELATIONS[name].is_equality]
 SIZED = pytest.mark.parametrize(
     "name", ["wide", "tall", "square", "low rank", "groups, wide", "groups, tall"]
 )
@@ -421,7 +423,7 @@ def test_scores_at_any_scale(name: str, what: str, scale: float) -> None:
     given = CASES[name]
     ordinary = LayerMatrices(given)
     extreme = LayerMatrices(rescaled(given, **FACTORS[what](scale)))
-    for relation in RELATIONS.values():
+    for relation in map(RELATIONS.__getitem__, PLAIN):
         for power in powers_of(relation.name):
             plain, got = (
                 compare(matrices.gram(relation), matrices.prediction(relation, power))
@@ -487,16 +489,18 @@ def test_dense_matrices_keep_their_scale() -> None:
 # --------------------------------------------------------------------------- the table
 
 
-@ALL_RELATIONS
+@pytest.mark.parametrize("relation", RELATIONS)
 def test_every_relation_says_what_it_is(relation: str) -> None:
     """Name, symbol, an equation with its measured side, and a source in the papers."""
     entry = RELATIONS[relation]
     assert entry.name == relation
     assert entry.symbol
-    assert entry.equation.startswith("WᵀW" if entry.side == "forward" else "WWᵀ")
+    measured = "W_cᵀW_c" if entry.init_centered else "WᵀW"
+    assert entry.equation.startswith(measured if entry.side == "forward" else "WWᵀ")
     assert ("∝" in entry.equation) != entry.is_equality
     assert ("ˢ" in entry.equation) == entry.has_power
-    assert entry.source.startswith(("Thm", "Remark", "App.", "§"))
+    starts = ("Beaglehole", "C-NFA") if entry.init_centered else ("Thm", "Remark", "App.", "§")
+    assert entry.source.startswith(starts)
     assert entry.label(None) == relation
     assert entry.label(0.5) == f"{relation}^0.5"
     assert entry.label(1.0) == f"{relation}^1"
@@ -507,6 +511,7 @@ def test_gram_names_have_their_sides() -> None:
     assert {name: relation.side for name, relation in GRAM_MATRICES.items()} == {
         "nfm": "forward",
         "bnfm": "backward",
+        "init_centered_nfm": "forward",
     }
     assert not set(GRAM_MATRICES) & set(RELATIONS)
 

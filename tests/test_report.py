@@ -55,6 +55,7 @@ def make_report(**options: Any) -> Report:
         "relations": RELATIONS,
         "powers": (0.5, 1.0),
         "weight_decay": LAMBDA,
+        "initial_weights": {name: value / 2 for name, value in network().state_dict().items()},
         "progress": False,
         "step": 17,
         **options,

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     # What PyTorch hands over when the model runs.
     "capture.": {"errors", "models", "layers.", "capture."},
     # What was captured becomes sums, of one process and of all.
-    "sums.": {"errors", "theory.", "optimizers.", "layers.", "capture.", "sums."},
+    "sums.": {"errors", "models", "theory.", "optimizers.", "layers.", "capture.", "sums."},
     "processes.": {"errors", "models", "theory.", "layers.", "capture.", "sums.", "processes."},
     # The sums become records, the records a report, and the report goes somewhere.
     "reports.": {"errors", "models", "theory.", "optimizers.", "layers.", "sums.", "reports."},

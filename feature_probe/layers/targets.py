@@ -133,6 +133,11 @@ class Discovery:
             )
         _refuse(self.targets)
 
+    def weights(self) -> list[nn.Parameter]:
+        """The parameters that targets multiply by, and those that may be found to be one."""
+        known = [t.parameter for t in (*self.targets, *self._candidates.values())]
+        return [parameter for parameter in known if parameter is not None]
+
     def found(self, parameter: nn.Parameter, *, transposed: bool) -> int | None:
         """A parameter was used as a matrix that no target is: the index of a target, made for it.
 

@@ -28,6 +28,7 @@ from feature_probe.reports.scoring import (
     log_fault,
     score_layer,
 )
+from feature_probe.sums.initial import InitialWeights
 from feature_probe.sums.moments import sum_dtype
 from feature_probe.sums.observer import Observer
 from feature_probe.sums.window import Window
@@ -59,6 +60,7 @@ class Assembler:
             sum and the mean is over examples, else 1.
         on_fault: Called with what failed and where; may raise it. The report is made without it.
         doctor: Who judges the layers.
+        initial_weights: W₀, where a relation asks for it.
     """
 
     model: nn.Module
@@ -70,6 +72,7 @@ class Assembler:
     doctor: Doctor
     gradient_scale: float = 1.0
     on_fault: OnFault = log_fault
+    initial_weights: InitialWeights | None = None
 
     @property
     def targets(self) -> Sequence[Target]:
@@ -159,6 +162,9 @@ class Assembler:
         update = None if window.left_out else self.doctor.update(target, weight, decay)
         dtypes = [t.dtype for t in (gradient, jacobian, loss) if t is not None]
         problems = self.observer.problems | window.problems
+        change, no_change = None, "W₀ was not asked for"
+        if self.initial_weights is not None:
+            change, no_change = self.initial_weights.change(target, weight)
         return LayerStatistics(
             weight=weight.clone() if copy else weight,
             gradient=None if (index, "gradient") in problems else gradient,
@@ -168,6 +174,8 @@ class Assembler:
             tolerance=clamp_tolerance(dtypes[0] if dtypes else sum_dtype(weight.dtype)),
             missing=self._missing(index, window),
             update=update,
+            change=change,
+            no_change=no_change,
         )
 
     def _nothing(self, target: Target, reason: str) -> LayerStatistics:

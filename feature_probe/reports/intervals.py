@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 from feature_probe.errors import ConfigurationError
 from feature_probe.reports.record import Record
@@ -138,15 +138,24 @@ def with_intervals(
     if parts is None:
         note = _NOT_ASKED if frozen else _IN_THE_LOOP
         return [replace(record, interval_note=note) for record in records]
-    matrices = [LayerMatrices(statistics) for statistics in left_out]
-    return [_with_interval(record, matrices, parts, index, rows) for record in records]
+
+    @cache
+    def matrices(init_centered: bool) -> list[LayerMatrices]:
+        relation = next(r for r in asked if r.init_centered is init_centered)
+        return [LayerMatrices(statistics.basis(relation)) for statistics in left_out]
+
+    asked = [RELATIONS[record.relation] for record in records]
+    return [
+        record
+        if math.isnan(record.cosine)
+        else _with_interval(record, matrices(relation.init_centered), parts, index, rows)
+        for record, relation in zip(records, asked, strict=True)
+    ]
 
 
 def _with_interval(
     record: Record, left_out: Sequence[LayerMatrices], parts: Parts, index: int, rows: int
 ) -> Record:
-    if math.isnan(record.cosine):
-        return record
     relation = RELATIONS[record.relation]
     if relation.is_equality and parts.share < 1:
         return replace(record, interval_note=_NOT_OF_FACT)

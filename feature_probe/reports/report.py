@@ -107,8 +107,8 @@ class Report:
 
         Args:
             layer: Layer name.
-            kind: A relation's name (its prediction: FACT, AGOPˢ, ...), or "nfm" for WᵀW and
-                "bnfm" for WWᵀ.
+            kind: A relation's name (its prediction: FACT, AGOPˢ, ...), or "nfm" for WᵀW, "bnfm"
+                for WWᵀ and "init_centered_nfm" for (W − W₀)ᵀ(W − W₀).
             power: s, for relations that have one; 1 if not given.
 
         Returns:
@@ -128,14 +128,22 @@ class Report:
         if power is not None and not power > 0:
             raise ConfigurationError(f"power must be positive, got {power!r}")
         statistics = self._kept(layer)
-        matrices = LayerMatrices(statistics, framed=False)
         if relation is None:
-            dense = matrices.gram(GRAM_MATRICES[kind]).dense()
+            measured = GRAM_MATRICES[kind]
         else:
+            measured = relation
             if statistics.sum(relation.needs) is None:
                 reason = statistics.missing.get(relation.needs, "not asked for")
                 raise NotMeasuredError(f"{kind!r} of layer {layer!r} was not measured: {reason}")
-            dense = matrices.prediction(relation, power).dense()
+        if measured.init_centered and statistics.change is None:
+            raise NotMeasuredError(
+                f"{kind!r} of layer {layer!r} was not measured: {statistics.no_change}"
+            )
+        matrices = LayerMatrices(statistics.basis(measured), framed=False)
+        found = (
+            matrices.gram(measured) if relation is None else matrices.prediction(relation, power)
+        )
+        dense = found.dense()
         return dense[0] if dense.shape[0] == 1 else dense
 
     def table(self, score: str = "cosine") -> str:

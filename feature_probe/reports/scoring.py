@@ -67,18 +67,24 @@ def score_layer(
     Where the computation itself fails (linear algebra, memory), that record alone says "fault: ..."
     and ``on_fault`` is told.
     """
-    matrices = LayerMatrices(statistics)
-    missing = {needs: _missing(statistics, needs) for needs in {r.needs for r in relations}}
+    missing = {relation: _missing(statistics, relation) for relation in relations}
+
+    @cache
+    def matrices(init_centered: bool) -> LayerMatrices:
+        return LayerMatrices(
+            statistics.basis(next(r for r in relations if r.init_centered is init_centered))
+        )
 
     @cache
     def fit(relation: Relation) -> Fit:
-        return _fit(statistics, matrices, relation)
+        return _fit(statistics, matrices(relation.init_centered), relation)
 
     def scores(relation: Relation, power: float | None) -> _Scores:
-        if missing[relation.needs]:
-            return _Scores(undefined(missing[relation.needs]))
+        if missing[relation]:
+            return _Scores(undefined(missing[relation]))
         try:
-            return _scores(statistics, matrices, relation, power, fit, facts.depth)
+            seen = matrices(relation.init_centered)
+            return _scores(statistics, seen, relation, power, fit, facts.depth)
         except Exception as error:  # one number's failure must not cost the others
             on_fault(error, f"scoring layer {facts.layer!r}")
             return _Scores(undefined(fault_status(error)))
@@ -268,8 +274,9 @@ def _status(relation: Relation, decay: float | None, reason: str) -> str:
     return "; ".join(notes) or "ok"
 
 
-def _missing(statistics: LayerStatistics, needs: Sum) -> str:
-    """Why the relations that need a sum cannot be scored; "" if they can."""
+def _missing(statistics: LayerStatistics, relation: Relation) -> str:
+    """Why a relation cannot be scored; "" if it can."""
+    needs = relation.needs
     if not _finite(statistics.weight):
         return "not finite: the weight holds NaN or infinity"
     tensor = statistics.sum(needs)
@@ -277,6 +284,10 @@ def _missing(statistics: LayerStatistics, needs: Sum) -> str:
         return statistics.missing.get(needs, "not measured")
     if not _finite(tensor):
         return f"not finite: the {needs} sum holds NaN or infinity"
+    if relation.init_centered and statistics.change is None:
+        return statistics.no_change
+    if relation.init_centered and not bool(statistics.change.any()):  # type: ignore[union-attr]
+        return "W = W₀: the weight has not changed since initialisation"
     return ""
 
 

@@ -19,6 +19,8 @@ PREDICTIONS: Mapping[str, str] = {
     "enfa": "eNFA",
     "bnfa": "bAGOP",
     "benfa": "beNFA",
+    "init_centered_nfa": "centred AGOP",
+    "init_centered_enfa": "centred eNFA",
 }
 #: What each score is called in prose.
 SCORE_NAMES: Mapping[str, str] = {
@@ -26,12 +28,12 @@ SCORE_NAMES: Mapping[str, str] = {
     "cosine": "cosine",
     "trace_free_cosine": "trace-free cosine",
 }
-#: Relations whose chance level is the one with the same W: theirs share W on both sides.
-_SHARED_WEIGHT = ("nfa", "enfa")
 
 
 def gram_name(relation: Relation) -> str:
     """The weight's side of the comparison, in ASCII."""
+    if relation.init_centered:
+        return "(W-W0)^T (W-W0)"
     return "W^T W" if relation.side == "forward" else "W W^T"
 
 
@@ -45,8 +47,9 @@ def question(record: Record) -> str:
 
 def chance_meaning(relation: Relation) -> str:
     """What ``Record.level_by_chance`` stands for, in words."""
-    if relation.name in _SHARED_WEIGHT:
-        return "the same W with random eigenvectors of K or E"
+    if relation.has_power and relation.side == "forward":
+        weight = "W-W0" if relation.init_centered else "W"
+        return f"the same {weight} with random eigenvectors of K or E"
     return "a random rotation of one of the two"
 
 

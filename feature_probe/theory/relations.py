@@ -16,13 +16,14 @@ code name             paper                       shape
 with z = W h the pre-activation without bias, J = ∂f/∂z, g = ∂ℓ/∂z, p the position (pixel, token,
 call). Then FACT = −WᵀG/λ, AGOP = WᵀKW, eNFA = WᵀEW on the input side, bFACT = −WGᵀ/λ, bAGOP = K,
 beNFA = E on the output side. Under decoupled weight decay (AdamW, Lion, Muon), W₊ = (1 − ηλ)W − ηU,
-rest means U = −λW, and the optimizer's update U takes the place of G. Nothing here sees a Module.
+rest means U = −λW, and the optimizer's update U takes the place of G. The init-centred relations
+put W_c = W − W₀ in the place of W, W₀ the weight before training. Nothing here sees a Module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -47,6 +48,7 @@ class Relation:
         symbol: How the relation is written in tables.
         equation: The prediction in the paper's symbols.
         source: Place in the FACT paper, arXiv:2507.05644, or what takes its argument further.
+        init_centered: Whether W − W₀ takes the place of W, on both sides.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Relation:
     symbol: str
     equation: str
     source: str
+    init_centered: bool = False
 
     def label(self, power: float | None) -> str:
         """Short label for tables and charts, e.g. ``nfa^0.5``."""
@@ -89,10 +92,21 @@ RELATIONS: Mapping[str, Relation] = _table(
              "WWᵀ ∝ bAGOPˢ, bAGOP = (1/n) Σ (∇_{Wh} f_i)(∇_{Wh} f_i)ᵀ = K", "App. B"),
     Relation("benfa", "backward", "loss", False, True, "beNFA",
              "WWᵀ ∝ beNFAˢ, beNFA = (1/n) Σ (∇_{Wh} ℓ_i)(∇_{Wh} ℓ_i)ᵀ = E", "App. B"),
+    Relation("init_centered_nfa", "forward", "jacobian", False, True, "C-NFA",
+             "W_cᵀW_c ∝ (W_cᵀKW_c)ˢ, W_c = W − W₀",
+             'Beaglehole, Mitliagkas and Agarwala, "Gradient descent induces alignment between '
+             'weights and the pre-activation tangents", §2', init_centered=True),
+    Relation("init_centered_enfa", "forward", "loss", False, True, "C-eNFA",
+             "W_cᵀW_c ∝ (W_cᵀEW_c)ˢ, W_c = W − W₀",
+             "C-NFA with the loss's gradients for the output's", init_centered=True),
 )  # fmt: skip
 
 #: The measured side of each comparison by name, with a relation of that side.
-GRAM_MATRICES: Mapping[str, Relation] = {"nfm": RELATIONS["fact"], "bnfm": RELATIONS["bfact"]}
+GRAM_MATRICES: Mapping[str, Relation] = {
+    "nfm": RELATIONS["fact"],
+    "bnfm": RELATIONS["bfact"],
+    "init_centered_nfm": RELATIONS["init_centered_nfa"],
+}
 
 
 def parse_relations(names: Iterable[str] | str) -> tuple[Relation, ...]:
@@ -142,6 +156,8 @@ class LayerStatistics:
         tolerance: Relative eigenvalue clamp τ = 10·eps of the sums' dtype.
         missing: Why a sum is None, by the sum's name.
         update: U, the mean update of the window under decoupled decay, or None.
+        change: W − W₀ since initialisation, ``[groups, d_out, d_in]``, or None.
+        no_change: Why it is None.
     """
 
     weight: Tensor
@@ -152,6 +168,20 @@ class LayerStatistics:
     tolerance: float
     missing: Mapping[Sum, str] = field(default_factory=dict)
     update: Tensor | None = None
+    change: Tensor | None = None
+    no_change: str = "W₀ was not asked for"
+
+    def basis(self, relation: Relation) -> LayerStatistics:
+        """These numbers, with W − W₀ in place of W for a relation that is centred so.
+
+        Raises:
+            ValueError: if W₀ is not known.
+        """
+        if not relation.init_centered:
+            return self
+        if self.change is None:
+            raise ValueError(self.no_change)
+        return replace(self, weight=self.change)
 
     def sum(self, needs: Sum) -> Tensor | None:
         """One of the sums by name, or None."""
