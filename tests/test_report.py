@@ -110,7 +110,7 @@ def test_report_round_trip() -> None:
     text = json.dumps(report.to_dict(), allow_nan=False)
     back = Report.from_dict(json.loads(text))
     assert back.step == report.step == 17
-    assert len(back.records) == len(report.records) == 3 * (6 + 2 * 4)
+    assert len(back.records) == len(report.records) == 3 * (6 + 2 * 6)
     assert all(same(a, b) for a, b in zip(back.records, report.records, strict=True))
     assert back.coverage == report.coverage
     assert back.settings == report.settings
@@ -179,7 +179,9 @@ def test_select() -> None:
     assert {(r.layer, r.power) for r in report.select(relation="nfa")} == {
         (layer, power) for layer in ("0", "3", "5") for power in (0.5, 1.0)
     }
-    assert [r.relation for r in report.select("3", power=0.5)] == ["nfa", "enfa", "bnfa", "benfa"]
+    assert [r.relation for r in report.select("3", power=0.5)] == [
+        "nfa", "enfa", "bnfa", "benfa", "init_centered_nfa", "init_centered_enfa",
+    ]  # fmt: skip
     assert report.select(layer="nowhere") == []
 
 
