@@ -1,0 +1,127 @@
+"""C-NFA paper, Fig. 2, 7 and 8: NFA and init-centred NFA over training and initial scale.
+
+Chain monomial of rank 5, 256 points in 32 dimensions, two hidden ReLU layers of width 256, no bias,
+800 steps of full batches at learning rate 0.05; the first layer's initial variance s/k is varied
+(App. H; the paper names no values of s). Fig. 2: isotropic inputs. Fig. 7 and 8: a random
+eigenbasis with eigenvalues 1/(1 + k) and 1/(1 + k²). The probe sits in the training loop.
+
+    python examples/papers/centered_fig2.py                # Fig. 2: isotropic, 3 seeds
+    python examples/papers/centered_fig2.py --decay 1      # Fig. 7; 2: Fig. 8
+    python examples/papers/centered_fig2.py --fast
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+
+import torch
+from paper_lab import COLORS, LINES, Experiment, Results, axes, chain_monomial, initialise, mlp
+from torch.nn import functional as F
+
+from feature_probe import FeatureProbe, Report
+
+SCALES = (1.0, 0.3, 0.1, 0.01)
+LAYERS = ("0", "2")
+NAMES = {"nfa": "uncentred", "init_centered_nfa": "init-centred"}
+Curves = dict[tuple[str, str], list[tuple[int, float]]]
+
+
+class Keep:
+    """A sink that keeps the cosines."""
+
+    def __init__(self) -> None:
+        self.curves: Curves = {}
+
+    def write(self, report: Report) -> None:
+        """Keep one report's."""
+        for record in report.records:
+            key = record.layer, record.relation
+            self.curves.setdefault(key, []).append((report.step, record.cosine))
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def inputs(points: int, decay: int) -> torch.Tensor:
+    """Gaussian, isotropic or with eigenvalues 1/(1 + k^decay) in a random basis."""
+    x = torch.randn(points, 32)
+    if decay == 0:
+        return x
+    basis = torch.linalg.qr(torch.randn(32, 32)).Q
+    return x * (1 / (1 + torch.arange(32.0) ** decay)).sqrt() @ basis.T
+
+
+def train(seed: int, scale: float, decay: int, fast: bool) -> tuple[Curves, float]:
+    """The curves of one network, and its loss at the end."""
+    torch.manual_seed(seed)
+    points, width, steps, every = (64, 24, 101, 50) if fast else (256, 256, 801, 20)
+    x = inputs(points, decay)
+    y = chain_monomial(x)
+    y = y / y.std()
+    model = mlp((32, width, width, 1))
+    initialise(model, scale)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    kept = Keep()
+    with FeatureProbe(
+        model, optimizer=optimizer, every=every, window=1, relations=tuple(NAMES), powers=1.0,
+        include=[r"0", r"2"], jacobian="exact", sinks=[kept], strict=True,
+    ):  # fmt: skip
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(x).squeeze(1), y)
+            loss.backward()
+            optimizer.step()
+    return kept.curves, loss.item()
+
+
+def main(argv: Sequence[str] | None = None) -> Results:
+    """Run all seeds and scales."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    decay = int(argv.pop(argv.index("--decay") + 1)) if "--decay" in argv else 0
+    argv = [word for word in argv if word != "--decay"]
+    figure_number = {0: "2", 1: "7", 2: "8"}[decay]
+    run = Experiment(__file__, __doc__, argv, seeds=3)
+    run.results.name = f"centered_fig{figure_number}"
+    run.results.title = f"C-NFA paper, Fig. {figure_number}: (init-centred) NFA over training"
+    scales = SCALES[::3] if run.fast else SCALES
+    found = {s: [train(seed, s, decay, run.fast)[0] for seed in run.seeds] for s in scales}
+    for layer, number in zip(LAYERS, (1, 2), strict=True):
+        for relation, name in NAMES.items():
+            for scale in scales:
+                last = [curves[layer, relation][-1][1] for curves in found[scale]]
+                run.row(f"layer {number}, {name}, s = {scale:g}: at the end", "", last)
+        lowest = {
+            relation: [
+                min(
+                    value
+                    for s in scales
+                    for step, value in found[s][i][layer, relation]
+                    if step and math.isfinite(value)
+                )
+                for i in range(len(run.seeds))
+            ]
+            for relation in NAMES
+        }
+        for relation, name in NAMES.items():
+            paper = "high throughout" if relation == "init_centered_nfa" else "low at the start"
+            run.row(f"layer {number}, {name}: lowest, any s and step", paper, lowest[relation])
+    figure, grid = axes(2, 2)
+    for i, layer in enumerate(LAYERS):
+        for j, (relation, name) in enumerate(NAMES.items()):
+            for scale, color, line in zip(scales, COLORS, LINES, strict=False):
+                curves = [dict(c[layer, relation]) for c in found[scale]]
+                steps = sorted(curves[0])
+                mean = [statistics.fmean(c[step] for c in curves) for step in steps]
+                grid[i, j].plot(steps, mean, color=color, linestyle=line, label=f"s = {scale:g}")
+            grid[i, j].set(title=f"layer {i + 1}, {name} NFA", ylim=(0, 1.02))
+            grid[1, j].set_xlabel("step")
+        grid[i, 0].set_ylabel("cosine")
+    grid[0, 0].legend()
+    return run.finish(figure)
+
+
+if __name__ == "__main__":
+    main()
