@@ -16,6 +16,7 @@ from rank_pool import Pool
 from training_jobs import Run
 
 UNEVEN = (3, 5, 2, 4)
+CENTERED = ("fact", "nfa", "enfa", "init_centered_nfa", "init_centered_enfa")
 RUNS = {
     "default": Run(),
     "uneven": Run(sizes=UNEVEN),
@@ -37,6 +38,8 @@ RUNS = {
     "fsdp root computed": Run(wrapper="fsdp root", model="computed"),
     "fsdp without sync": Run(wrapper="fsdp", micro=3, sizes=UNEVEN),
     "fsdp root without sync": Run(wrapper="fsdp root", micro=2),
+    "init-centred": Run(relations=CENTERED, sizes=UNEVEN),
+    "fsdp init-centred": Run(wrapper="fsdp", relations=CENTERED),
 }
 
 LOW = Run(wrapper="fsdp", policy=True, dtype=torch.float32)
