@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from feature_probe.reports.record import Record
 from feature_probe.reports.report import Report
 from feature_probe.sinks.verdicts import can_rest, diagnoses_by_layer, goal, speaking
-from feature_probe.sinks.wording import SCORE_NAMES, layer_name
+from feature_probe.sinks.wording import SCORE_NAMES, gram_name, layer_name
 from feature_probe.theory.relations import RELATIONS
 
 ROOT = "feature_probe"
@@ -240,14 +240,21 @@ def _band_tags(quantity: str, label: str, has_card: bool) -> tuple[str, str, str
 
 
 def _account_charts(labels: Sequence[str], score: str) -> dict[str, Chart]:
-    """One chart per side of the weight that has several accounts to compare."""
+    """One chart per matrix of the weight that has several accounts to compare."""
     charts: dict[str, Chart] = {}
-    for side, gram in (("forward", "W^T W"), ("backward", "W W^T")):
-        chosen = [label for label in labels if RELATIONS[label.partition("^")[0]].side == side]
+    grams = {label: gram_name(RELATIONS[label.partition("^")[0]]) for label in labels}
+    for gram in dict.fromkeys(grams[label] for label in sorted(labels, key=_side)):
+        chosen = [label for label in labels if grams[label] == gram]
         if len(chosen) > 1:
             tags = [median_tag(score, label) for label in chosen]
             charts[f"accounts of {gram}"] = _multiline(tags)
     return charts
+
+
+def _side(label: str) -> tuple[bool, bool]:
+    """Sorts forward before backward, and both before what W − W₀ takes the place of W in."""
+    relation = RELATIONS[label.partition("^")[0]]
+    return relation.init_centered, relation.side == "backward"
 
 
 def _share_charts(labels: Sequence[str]) -> dict[str, Chart]:
