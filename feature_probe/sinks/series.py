@@ -247,7 +247,8 @@ def _account_charts(labels: Sequence[str], score: str) -> dict[str, Chart]:
         chosen = [label for label in labels if grams[label] == gram]
         if len(chosen) > 1:
             tags = [median_tag(score, label) for label in chosen]
-            charts[f"accounts of {gram}"] = _multiline(tags)
+            meaning = ", Wc = W - W0" if gram.startswith("Wc") else ""
+            charts[f"accounts of {gram}{meaning}"] = _multiline(tags)
     return charts
 
 

@@ -19,8 +19,8 @@ PREDICTIONS: Mapping[str, str] = {
     "enfa": "eNFA",
     "bnfa": "bAGOP",
     "benfa": "beNFA",
-    "init_centered_nfa": "centred AGOP",
-    "init_centered_enfa": "centred eNFA",
+    "init_centered_nfa": "C-AGOP",
+    "init_centered_enfa": "C-eNFA",
 }
 #: What each score is called in prose.
 SCORE_NAMES: Mapping[str, str] = {
@@ -33,7 +33,7 @@ SCORE_NAMES: Mapping[str, str] = {
 def gram_name(relation: Relation) -> str:
     """The weight's side of the comparison, in ASCII."""
     if relation.init_centered:
-        return "(W-W0)^T (W-W0)"
+        return "Wc^T Wc"
     return "W^T W" if relation.side == "forward" else "W W^T"
 
 

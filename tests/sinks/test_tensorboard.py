@@ -361,7 +361,7 @@ def test_few_lines_share_a_chart() -> None:
     assert len(accounts["accounts of W^T W"][1]) == 2
     centred = ["init_centered_nfa^1", "bnfa^1", "nfa^1", "init_centered_enfa^1", "bfact", "fact"]
     accounts = next(iter(custom_scalars_layout(centred).values()))
-    grams = ["W^T W", "W W^T", "(W-W0)^T (W-W0)"]
+    grams = ["W^T W", "W W^T", "Wc^T Wc, Wc = W - W0"]
     assert list(accounts) == [f"accounts of {gram}" for gram in grams]
     assert [len(chart[1]) for chart in accounts.values()] == [2, 2, 2]
 
