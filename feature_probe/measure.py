@@ -148,8 +148,14 @@ def measure(
         model, discovery, observer, decay, asked, parse_powers(powers), Doctor(decay), scale,
         initial_weights=_initial_weights(model, asked, initial_weights),
     )  # fmt: skip
-    compared = {"jacobian": jacobian, "num_probes": num_probes, "positions": positions}
-    before = _initial_scores(initial, targets, compared | {"eval_mode": eval_mode})
+    compared: dict[str, Any] = {
+        "jacobian": jacobian,
+        "positions": positions,
+        "eval_mode": eval_mode,
+    }
+    if jacobian == "random":
+        compared["num_probes"] = num_probes
+    before = _initial_scores(initial, targets, compared)
     groups = [Window() for _ in range(_groups(jackknife, loader))]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with (

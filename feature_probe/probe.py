@@ -316,9 +316,9 @@ class FeatureProbe:
 
         Plain data and tensors: ``torch.load(..., weights_only=True)`` reads it. Take it between
         two steps, together with the model's and the optimizer's; of a step that has begun, nothing
-        is kept. Size: the sums of the window that is open, if one is. With several processes each
-        has its own, and where only one process's is loaded everywhere, the sums of the others in
-        that window are left out.
+        is kept. Size: the sums of the window that is open, if one is, and W₀ where it is held. With
+        several processes each has its own, and where only one process's is loaded everywhere, the
+        sums of the others in that window are left out.
         """
         return {
             "format": FORMAT,

@@ -249,3 +249,14 @@ def test_intervals_of_centred_scores() -> None:
     centered = report.record("0", "init_centered_nfa", 1.0)
     assert centered.cosine_low <= centered.cosine_corrected <= centered.cosine_high
     assert centered.cosine_low != report.record("0", "nfa", 1.0).cosine_low
+
+
+def test_a_computed_weight_has_no_initial_one() -> None:
+    """Under weight_norm W is made of other parameters; the layers beside it are measured."""
+    model, before = network(), network()
+    train(model)
+    nn.utils.parametrizations.weight_norm(model[2])
+    report = measured(model, before)
+    assert not math.isnan(report.record("0", "init_centered_nfa", 1.0).cosine)
+    status = report.record("2", "init_centered_nfa", 1.0).status
+    assert status == "W₀ is not known: the weight is computed from other parameters"

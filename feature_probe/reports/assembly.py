@@ -163,7 +163,9 @@ class Assembler:
         dtypes = [t.dtype for t in (gradient, jacobian, loss) if t is not None]
         problems = self.observer.problems | window.problems
         change, no_change = None, "W₀ was not asked for"
-        if self.initial_weights is not None:
+        if self.initial_weights is not None and self._computed(index):
+            no_change = "W₀ is not known: the weight is computed from other parameters"
+        elif self.initial_weights is not None:
             change, no_change = self.initial_weights.change(target, weight)
         return LayerStatistics(
             weight=weight.clone() if copy else weight,

@@ -75,14 +75,12 @@ class InitialWeights:
         """W − W₀ of a layer, or None with the reason.
 
         Args:
-            target: The layer.
+            target: The layer, which multiplies by its parameter.
             weight: W ``[groups, d_out, d_in]`` as it stands.
 
         Returns:
             W − W₀ in float64, ``[groups, d_out, d_in]``.
         """
-        if target.parameter is None:
-            return None, "W₀ is not known: the weight is computed from other parameters"
         initial = self.of(target.parameter)
         if initial is None:
             where = "in initial_weights" if self._is_given else "when the probe was attached"

@@ -68,6 +68,8 @@ def test_several_processes_report_what_one_does(
         for report in result["reports"]:
             assert_measured(report)
             assert report["settings"].pop("processes") == len(results)
+            centred = [r for r in report["records"] if r["relation"].startswith("init_centered")]
+            assert all(math.isfinite(r["cosine"]) == (report["step"] > 0) for r in centred)
         assert_same_reports(
             result["reports"], reference["reports"], sharded=run.wrapper.startswith("fsdp")
         )
