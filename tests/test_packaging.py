@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("accelerate", "lightning", "mlflow", "timm", "transformers", "wandb")
+EXTRAS = ("accelerate", "figures", "lightning", "mlflow", "timm", "transformers", "wandb")
 HEAVY = ("torchvision", "tensorboard", "matplotlib", "pandas", *EXTRAS)
 
 

@@ -67,7 +67,7 @@ def test_scores_at_rest_are_near_one() -> None:
         for stage in ("window", "frozen")
         for noisy in (False, True)
     }
-    assert len(at_rest["window", False]) >= 60
+    assert len(at_rest["window", False]) >= 40
     assert len(at_rest["frozen", False]) >= 20
     for stage in ("window", "frozen"):
         assert min(judged.cosine for judged in at_rest[stage, False]) >= 0.99
