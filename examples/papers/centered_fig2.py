@@ -38,6 +38,7 @@ _UNSTABLE = (
 )
 LAYERS = ("0", "2")
 NAMES = {"nfa": "uncentred", "init_centered_nfa": "init-centred"}
+_OPEN = "the paper prints curves, no numbers; why layer 1 dips to a half is not explained yet"
 Curves = dict[tuple[str, str], list[tuple[int, float]]]
 
 
@@ -128,7 +129,8 @@ def main(argv: Sequence[str] | None = None) -> Results:
         for relation, name in NAMES.items():
             paper = "high throughout" if relation == "init_centered_nfa" else "low at the start"
             what = f"layer {number}, {name}: lowest, any setting but the first, any step"
-            run.row(what, paper, lowest[relation])
+            open_still = number == 1 and relation == "init_centered_nfa" and not run.fast
+            run.row(what, paper, lowest[relation], _OPEN if open_still else "")
     figure, grid = axes(2, 2)
     for i, layer in enumerate(LAYERS):
         for j, (relation, name) in enumerate(NAMES.items()):
