@@ -269,6 +269,12 @@ def _summary(found: Sequence[Sequence[Judged]]) -> str:
     return f"{len(found)} runs, verdicts: {_tally(j for judged in found for j in judged)}."
 
 
+def _part(settings: Sequence[Setting], found: Sequence[Sequence[Judged]]) -> list[str]:
+    """Counts by stage, one row a run, and what is not right."""
+    errors = _errors(settings, found)
+    return [*_by_stage(found), "", *cells(settings, found), "", "Not right, by cause:", "", *errors]
+
+
 def page(
     table: Sequence[Sequence[Judged]],
     causes: Sequence[Sequence[Judged]],
@@ -293,13 +299,7 @@ def page(
         "",
         _summary(table),
         "",
-        *_by_stage(table),
-        "",
-        *cells(table_settings(), table),
-        "",
-        "Not right, by cause:",
-        "",
-        *_errors(table_settings(), table),
+        *_part(table_settings(), table),
         "",
         "## What lowers the score at rest",
         "",
@@ -319,13 +319,7 @@ def page(
         "",
         f"**False alarms: {kinds.count('false alarm')}. Misses: {kinds.count('miss')}.**",
         "",
-        *_by_stage(held_out),
-        "",
-        *cells(held_out_settings(), held_out),
-        "",
-        "Not right, by cause:",
-        "",
-        *_errors(held_out_settings(), held_out),
+        *_part(held_out_settings(), held_out),
         "",
         "## Untrained networks",
         "",

@@ -108,7 +108,7 @@ class Assembler:
         diagnoses: list[Diagnosis] = []
         statistics_by_layer: dict[str, LayerStatistics] = {}
         for index, target in enumerate(self.targets):
-            facts = replace(self._facts(index, window, step), depth=(depths or {}).get(target.name))
+            facts = self._facts(index, window, step, (depths or {}).get(target.name))
             diagnosis = Diagnosis(target.name)
             try:
                 statistics = self._statistics(index, window, keep, weights or {})
@@ -240,13 +240,14 @@ class Assembler:
                 missing[needs] = general
         return missing
 
-    def _facts(self, index: int, window: Window, step: int) -> LayerFacts:
+    def _facts(self, index: int, window: Window, step: int, depth: int | None) -> LayerFacts:
         return LayerFacts(
             self.targets[index].name,
             step,
             window.examples,
             window.layer(index).rows,
             form="window" if self.doctor.in_training else "snapshot",
+            depth=depth,
         )
 
     def _circumstances(self, index: int, window: Window) -> Circumstances:

@@ -141,8 +141,7 @@ def with_intervals(
 
     @cache
     def matrices(init_centered: bool) -> list[LayerMatrices]:
-        relation = next(r for r in asked if r.init_centered is init_centered)
-        return [LayerMatrices(statistics.basis(relation)) for statistics in left_out]
+        return [LayerMatrices(statistics.basis(init_centered)) for statistics in left_out]
 
     asked = [RELATIONS[record.relation] for record in records]
     return [

@@ -139,7 +139,7 @@ class Report:
             raise NotMeasuredError(
                 f"{kind!r} of layer {layer!r} was not measured: {statistics.no_change}"
             )
-        matrices = LayerMatrices(statistics.basis(measured), framed=False)
+        matrices = LayerMatrices(statistics.basis(measured.init_centered), framed=False)
         found = (
             matrices.gram(measured) if relation is None else matrices.prediction(relation, power)
         )

@@ -67,21 +67,22 @@ def score_layer(
     Where the computation itself fails (linear algebra, memory), that record alone says "fault: ..."
     and ``on_fault`` is told.
     """
-    missing = {relation: _missing(statistics, relation) for relation in relations}
+    inputs = {(relation.needs, relation.init_centered) for relation in relations}
+    missing = {
+        (needs, centered): _missing(statistics, needs, centered) for needs, centered in inputs
+    }
 
     @cache
     def matrices(init_centered: bool) -> LayerMatrices:
-        return LayerMatrices(
-            statistics.basis(next(r for r in relations if r.init_centered is init_centered))
-        )
+        return LayerMatrices(statistics.basis(init_centered))
 
     @cache
     def fit(relation: Relation) -> Fit:
         return _fit(statistics, matrices(relation.init_centered), relation)
 
     def scores(relation: Relation, power: float | None) -> _Scores:
-        if missing[relation]:
-            return _Scores(undefined(missing[relation]))
+        if reason := missing[relation.needs, relation.init_centered]:
+            return _Scores(undefined(reason))
         try:
             seen = matrices(relation.init_centered)
             return _scores(statistics, seen, relation, power, fit, facts.depth)
@@ -274,9 +275,8 @@ def _status(relation: Relation, decay: float | None, reason: str) -> str:
     return "; ".join(notes) or "ok"
 
 
-def _missing(statistics: LayerStatistics, relation: Relation) -> str:
-    """Why a relation cannot be scored; "" if it can."""
-    needs = relation.needs
+def _missing(statistics: LayerStatistics, needs: Sum, init_centered: bool) -> str:
+    """Why the relations of a sum, and of W or W − W₀, cannot be scored; "" if they can."""
     if not _finite(statistics.weight):
         return "not finite: the weight holds NaN or infinity"
     tensor = statistics.sum(needs)
@@ -284,9 +284,11 @@ def _missing(statistics: LayerStatistics, relation: Relation) -> str:
         return statistics.missing.get(needs, "not measured")
     if not _finite(tensor):
         return f"not finite: the {needs} sum holds NaN or infinity"
-    if relation.init_centered and statistics.change is None:
+    if not init_centered:
+        return ""
+    if statistics.change is None:
         return statistics.no_change
-    if relation.init_centered and not bool(statistics.change.any()):  # type: ignore[union-attr]
+    if not bool(statistics.change.any()):
         return "W = W₀: the weight has not changed since initialisation"
     return ""
 

@@ -171,13 +171,13 @@ class LayerStatistics:
     change: Tensor | None = None
     no_change: str = "W₀ was not asked for"
 
-    def basis(self, relation: Relation) -> LayerStatistics:
-        """These numbers, with W − W₀ in place of W for a relation that is centred so.
+    def basis(self, init_centered: bool) -> LayerStatistics:
+        """These numbers, with W − W₀ in place of W for the relations that are centred so.
 
         Raises:
             ValueError: if W₀ is not known.
         """
-        if not relation.init_centered:
+        if not init_centered:
             return self
         if self.change is None:
             raise ValueError(self.no_change)
