@@ -12,7 +12,6 @@ hour; the figure shows the depths that were run.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -48,9 +47,8 @@ def train(depth: int, seed: int, fast: bool) -> Report:
 
 def main(argv: Sequence[str] | None = None) -> Results:
     """Run one depth."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    depth = int(argv.pop(argv.index("--depth") + 1)) if "--depth" in argv else 2
-    run = Experiment(__file__, __doc__, [word for word in argv if word != "--depth"], seeds=1)
+    run = Experiment(__file__, __doc__, argv, seeds=1, depth=DEPTHS)
+    depth = run.options.depth
     run.results.name += f"_depth{depth}"
     run.results.title = f"FACT paper, Fig. 11: linear network of {depth} layers"
     reports = [train(depth, seed, run.fast) for seed in run.seeds]

@@ -98,13 +98,30 @@ class Results:
 
 
 class Experiment:
-    """Options, the clock and the places of one script's results."""
+    """Options, the clock and the places of one script's results.
 
-    def __init__(self, script: str, doc: str, argv: Sequence[str] | None, seeds: int = 5) -> None:
+    Args:
+        script: Its file.
+        doc: Its docstring.
+        argv: Arguments; None: the command line's.
+        seeds: How many of them, if not given.
+        choices: Options of its own, integers: their values, the first of them if not given.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        doc: str,
+        argv: Sequence[str] | None,
+        seeds: int = 5,
+        **choices: Sequence[int],
+    ) -> None:
         parser = argparse.ArgumentParser(description=doc.splitlines()[0])
         parser.add_argument("--fast", action="store_true", help="a small setting, for the tests")
         parser.add_argument("--seeds", type=int, default=None, help=f"{seeds} if not given")
         parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results")
+        for name, values in choices.items():
+            parser.add_argument(f"--{name}", type=int, choices=values, default=values[0])
         self.options = parser.parse_args(argv)
         self.fast: bool = self.options.fast
         self.seeds = range(self.options.seeds or (1 if self.fast else seeds))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from feature_probe import FeatureProbe, Report, measure
-from verdict_lab.networks import ACTIVATIONS, CLASSES, NETWORKS, make_data, named_layers
+from verdict_lab.networks import ACTIVATIONS, NETWORKS, make_data, named_layers
 
 EQUALITIES = ("fact", "bfact", "update_fact", "update_bfact")
 PROPORTIONALITIES = ("nfa", "enfa")
@@ -244,8 +244,6 @@ class Outcome:
         networks: The network at a stage, and before training ("untrained").
         states: At each step of the window of nfa and enfa, with the batch.
         data: All of it.
-        loss: At the end.
-        trivial_loss: Of guessing.
     """
 
     setting: Setting
@@ -254,8 +252,6 @@ class Outcome:
     networks: dict[str, nn.Module]
     states: list[tuple[nn.Module, Tensor, Tensor]]
     data: tuple[Tensor, Tensor]
-    loss: float
-    trivial_loss: float
 
 
 def _make_optimizers(setting: Setting, network: nn.Module) -> list[torch.optim.Optimizer]:
@@ -381,7 +377,4 @@ def train(setting: Setting) -> Outcome:
     learned = proportionalities.report
     assert learned is not None
     reports["learned"] = learned
-    with torch.no_grad():
-        network.eval()
-        loss = F.cross_entropy(network(data[0]), data[1]).item()
-    return Outcome(setting, reports, followers, networks, states, data, loss, math.log(CLASSES))
+    return Outcome(setting, reports, followers, networks, states, data)
