@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from feature_probe.capture.selection import select_output
 from feature_probe.capture.shadow import eagerly
 from feature_probe.errors import positive_integer
 from feature_probe.layers.targets import Selection, Target, find_targets
@@ -17,7 +18,6 @@ from feature_probe.models import unwrap
 from feature_probe.reports.scoring import LayerFacts, score_layer
 from feature_probe.sums.jacobian import JacobianSettings
 from feature_probe.sums.moments import sum_dtype
-from feature_probe.sums.observer import select_output
 from feature_probe.sums.trajectory import RING
 from feature_probe.theory.relations import (
     LayerStatistics,
@@ -149,19 +149,24 @@ def estimate_cost(
     model = unwrap(model)
     targets = find_targets(model, include, exclude)
     asked = parse_relations(relations)
-    needs = frozenset(relation.needs for relation in asked)
+    needs = frozenset(needs for relation in asked for needs in relation.sums)
+    copies = any(r.needs_initial_weights for r in asked) + any(
+        r.needs_initial_network for r in asked
+    )
     settings = JacobianSettings(jacobian, num_probes)
     rows, products, seconds = _run(model, targets, sample, settings, output)
     layers = tuple(
-        _layer(target, count, needs, products, max_dim, any(r.init_centered for r in asked))
+        _layer(target, count, needs, products, max_dim, copies)
         for target, count in zip(targets, rows, strict=True)
     )
     forward = sum(entry.forward_flops for entry in layers)
     first = layers[0].forward_flops
     plain = 3 * forward - first
     extra = sum(entry.gram_flops for entry in layers)
-    if "jacobian" in needs:
+    if needs & {"jacobian", "jacobian_change"}:
         extra += products * (forward - first)  # activation-only backward passes
+    if "jacobian_change" in needs:  # and those of the initial network, after a forward pass
+        extra += forward + products * (forward - first)
     sums = sum(entry.sum_bytes for entry in layers)
     paths = sum(entry.path_bytes + entry.initial_bytes for entry in layers)
     held, peak = sums + paths, sums * (2 if window > 1 else 1) + paths
@@ -180,9 +185,10 @@ def estimate_cost(
 
 
 def _layer(
-    target: Target, rows: int, needs: frozenset[Sum], products: int, max_dim: int, centered: bool
+    target: Target, rows: int, needs: frozenset[Sum], products: int, max_dim: int, copies: int
 ) -> LayerEstimate:
-    grams = sum(kind in needs for kind in ("jacobian", "loss")) if target.d_out <= max_dim else 0
+    kinds = needs & {"jacobian", "loss", "jacobian_change"}
+    grams = len(kinds) if target.d_out <= max_dim else 0
     weight = target.groups * target.d_out * target.d_in
     square = target.groups * target.d_out**2
     dtypes = [p.dtype for p in target.module.parameters() if p.is_floating_point()]
@@ -192,11 +198,11 @@ def _layer(
         path += weight * size * (1 + ("update" in needs))
     else:
         path = 0
-    repeats = products * ("jacobian" in needs) + ("loss" in needs)
+    repeats = products * len(kinds - {"loss"}) + ("loss" in needs)
     return LayerEstimate(
         layer=target.name,
         rows=rows,
-        initial_bytes=weight * size * centered,
+        initial_bytes=weight * size * copies,
         path_bytes=path,
         sum_bytes=size * (grams * square + weight * ("gradient" in needs)),
         forward_flops=2.0 * rows * weight,

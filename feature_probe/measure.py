@@ -17,6 +17,7 @@ from feature_probe.capture.evaluation import (
     runner,
     to_device,
 )
+from feature_probe.capture.passes import InitialPass
 from feature_probe.capture.shadow import eagerly, nonreentrant_checkpoints
 from feature_probe.capture.sharding import unreduced
 from feature_probe.errors import ConfigurationError, positive_integer
@@ -30,12 +31,16 @@ from feature_probe.reports.doctor import Doctor
 from feature_probe.reports.intervals import Parts, check_batches
 from feature_probe.reports.report import Report
 from feature_probe.sums.initial import Given, InitialWeights
+from feature_probe.sums.initial_network import InitialNetwork
 from feature_probe.sums.jacobian import JacobianSettings
 from feature_probe.sums.ledger import Positions, Reduction
-from feature_probe.sums.observer import Observer, ObserverSettings
+from feature_probe.sums.observer import JACOBIANS, Observer, ObserverSettings
 from feature_probe.sums.stepping import parse_optimizers
 from feature_probe.sums.window import Window
 from feature_probe.theory.relations import Relation, Sum, parse_powers, parse_relations
+
+#: The sums that need no loss.
+JACOBIAN_SUMS = frozenset[Sum](JACOBIANS)
 
 
 def measure(
@@ -114,8 +119,9 @@ def measure(
             data and in the same way. A score that is also above the one there is called "aligned"
             at half the distance from chance that is asked for without. Another untrained network
             will not do: they differ among themselves by more than chance.
-        initial_weights: W₀ for the init-centred relations: a state dict, a file of one, or the
-            model as it was.
+        initial_weights: W₀ for the centred relations: a state dict, a file of one, or the model as
+            it was. "double_centered_nfa" and "ptk_centered_nfa" need all parameters and buffers,
+            and a model that can be copied: the copy is run on every batch too.
         process_group: The processes that measure one data set together, each with a part of it as
             its ``loader``; as in :class:`feature_probe.FeatureProbe`. All get the same report. The
             parts may be uneven; with ``fully_shard``, all must have the same number of batches.
@@ -133,9 +139,9 @@ def measure(
     ranks = Ranks(model, process_group)
     model = unwrap(model)
     asked = parse_relations(relations)
-    needs = frozenset(relation.needs for relation in asked)
+    needs = frozenset(needs for relation in asked for needs in relation.sums)
     scale = _gradient_scale(loss_reduction, training_batch_size)
-    run = runner(loss_fn, forward, loss_needed=needs != {"jacobian"})
+    run = runner(loss_fn, forward, loss_needed=not needs <= JACOBIAN_SUMS)
     discovery = Discovery(model, include, exclude)
     targets = discovery.targets
     settings = ObserverSettings(
@@ -148,6 +154,9 @@ def measure(
         model, discovery, observer, decay, asked, parse_powers(powers), Doctor(decay), scale,
         initial_weights=_initial_weights(model, asked, initial_weights),
     )  # fmt: skip
+    network = None
+    if any(relation.needs_initial_network for relation in asked):
+        network = InitialNetwork(model, initial_weights, include, exclude, inject_leaf=True)
     compared: dict[str, Any] = {
         "jacobian": jacobian,
         "positions": positions,
@@ -168,8 +177,10 @@ def measure(
         observer.recorder.arm()
         try:
             for number, batch in enumerate(_with_progress(loader, progress and ranks.is_writer)):
-                out, loss = run(model, to_device(batch, device))
-                observer.finish(out)
+                batch = to_device(batch, device)
+                with _beside(network, run, batch) as also:
+                    out, loss = run(model, batch)
+                    observer.finish(out, also())
                 gradients = _weight_gradients(observer, targets, loss, needs)
                 group = groups[number % len(groups)]
                 _add_batch(group, observer.take(), targets, gradients, loss_reduction)
@@ -233,14 +244,28 @@ def _initial_weights(
     model: nn.Module, relations: Sequence[Relation], given: Given
 ) -> InitialWeights | None:
     """W₀, where a relation asks for it."""
-    centered = [relation.name for relation in relations if relation.init_centered]
+    centered = [r for r in relations if r.needs_initial_weights or r.needs_initial_network]
     if not centered:
         return None
     if given is None:
         raise ConfigurationError(
-            f"{centered[0]} needs initial_weights=, the state dict from before training"
+            f"{centered[0].name} needs initial_weights=, the state dict from before training"
         )
     return InitialWeights(model, given)
+
+
+@contextlib.contextmanager
+def _beside(
+    network: InitialNetwork | None,
+    run: Callable[[nn.Module, Any], tuple[Any, Tensor | None]],
+    batch: Any,
+) -> Iterator[Callable[[], InitialPass | None]]:
+    """A function that runs a batch on the initial network too, where there is one."""
+    if network is None:
+        yield lambda: None
+    else:
+        with network.beside(batch) as follow:
+            yield lambda: follow(lambda module: run(module, batch)[0])
 
 
 def _groups(jackknife: int | None, loader: Iterable[Any]) -> int:
@@ -271,7 +296,7 @@ def _weight_gradients(
     observer: Observer, targets: Sequence[Target], loss: Tensor | None, needs: frozenset[Sum]
 ) -> dict[int, Tensor | None]:
     """Run the loss backward through the hooks; gradients of the weights that are parameters."""
-    if loss is None or needs == {"jacobian"}:
+    if loss is None or needs <= JACOBIAN_SUMS:
         return {}
     if loss.dim() != 0:
         raise ConfigurationError(

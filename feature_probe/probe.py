@@ -32,6 +32,7 @@ from feature_probe.sinks import Sink
 from feature_probe.sinks.outlets import Outlets
 from feature_probe.sums.collector import Collector
 from feature_probe.sums.initial import Given, InitialWeights, Store
+from feature_probe.sums.initial_network import InitialNetwork
 from feature_probe.sums.jacobian import JacobianSettings
 from feature_probe.sums.ledger import Positions, Reduction
 from feature_probe.sums.observer import Observer, ObserverSettings
@@ -103,9 +104,12 @@ class FeatureProbe:
         log_dir: Folder for TensorBoard event files and ``feature_probe.jsonl``.
         writer: The user's own ``SummaryWriter`` instead; it is flushed but not closed.
         sinks: More places to write reports to (:class:`feature_probe.sinks.Sink`).
-        initial_weights: W₀ for the init-centred relations: a state dict, a file of one, or the
-            model as it was. None: the weights as they stand at the first :meth:`attach`.
-        initial_store: Where W₀ is kept: "device", "cpu", or "half" (float16 in main memory).
+        initial_weights: W₀ for the centred relations: a state dict, a file of one, or the model as
+            it was. None: the weights as they stand at the first :meth:`attach`.
+            "double_centered_nfa" and "ptk_centered_nfa" need all parameters and buffers, and a
+            model that can be copied: the copy runs beside the model on every followed pass.
+        initial_store: Where they are kept: "device", "cpu", or "half" (float16 in main memory, for
+            W₀ alone).
         keep_matrices: Keep a copy of W and the sums with every report, so that ``report.matrix``
             and matrix pictures work, at about the memory that :meth:`estimate` names.
         max_dim: Layers with more output rows per group get no K and E (FACT and bFACT only).
@@ -177,7 +181,7 @@ class FeatureProbe:
         chosen = self._decay.default_relations() if relations is None else relations
         asked, wanted = parse_relations(chosen), parse_powers(powers)
         self._settings = ObserverSettings(
-            needs=frozenset(relation.needs for relation in asked),
+            needs=frozenset(needs for relation in asked for needs in relation.sums),
             jacobian=JacobianSettings(jacobian, num_probes, max_outputs),
             output=output,
             positions=positions,
@@ -205,14 +209,21 @@ class FeatureProbe:
             parse_loss_scale(loss_scale),
             gradients="gradient" in self._settings.needs,
             updates="update" in self._settings.needs,
+            motion=any(relation.basis == "motion" for relation in asked),
         )
         self._clock = DecayClock(self._optimizers)
         self._watch = StepWatch(self._optimizers, self._before_step, self._advance)
         self._initial_weights = (
             InitialWeights(self._model, initial_weights, initial_store)
-            if any(relation.init_centered for relation in asked)
+            if any(relation.needs_initial_weights for relation in asked)
             else None
         )
+        self._initial_network = (
+            InitialNetwork(self._model, initial_weights, include, exclude, store=initial_store)
+            if any(relation.needs_initial_network for relation in asked)
+            else None
+        )
+        self._observer.recorder.initial = self._initial_network
         self._assembler = Assembler(
             self._model,
             discovery,
@@ -284,6 +295,8 @@ class FeatureProbe:
             logger.info("%s", "; ".join(self.preflight()))
         if self._initial_weights is not None:
             self._initial_weights.take(self._discovery.weights())
+        if self._initial_network is not None:
+            self._initial_network.take()
         if self._fresh:
             self._clock.start()
             self._fresh = False
@@ -316,7 +329,8 @@ class FeatureProbe:
 
         Plain data and tensors: ``torch.load(..., weights_only=True)`` reads it. Take it between
         two steps, together with the model's and the optimizer's; of a step that has begun, nothing
-        is kept. Size: the sums of the window that is open, if one is, and W₀ where it is held. With
+        is kept. Size: the sums of the window that is open, if one is, and W₀ or the whole
+        initial network where it is held. With
         several processes each has its own, and where only one process's is loaded everywhere, the
         sums of the others in that window are left out.
         """
@@ -332,6 +346,9 @@ class FeatureProbe:
             "initial_weights": {}
             if self._initial_weights is None
             else self._initial_weights.state_dict(),
+            "initial_network": {}
+            if self._initial_network is None
+            else self._initial_network.state_dict(),
             "collector": self._resumed or self._collector.state_dict(),
             "sinks": self._outlets.state_dict(),
         }
@@ -359,6 +376,8 @@ class FeatureProbe:
         self._initial = {(layer, label): cosine for layer, label, cosine in state["initial"]}
         if self._initial_weights is not None:
             self._initial_weights.load_state_dict(state.get("initial_weights", {}))
+        if self._initial_network is not None:
+            self._initial_network.load_state_dict(state.get("initial_network", {}))
         self._resumed = state["collector"]
         if list(state["rank"]) != [self._ranks.rank, self._ranks.count]:
             # another process's sums would be counted twice

@@ -78,8 +78,8 @@ CASES: dict[str, LayerStatistics] = {
     "decay not known": statistics(1, 4, 9, decay=None),
 }
 ALL_CASES = pytest.mark.parametrize("name", CASES)
-#: Those of W itself; the init-centred ones are the same of W − W₀ (test_init_centered.py).
-PLAIN = [name for name, relation in RELATIONS.items() if not relation.init_centered]
+#: Those of W itself; others are tested in test_init_centered.py and test_initial_network.py.
+PLAIN = [name for name, relation in RELATIONS.items() if relation.basis == "weight"]
 ALL_RELATIONS = pytest.mark.parametrize("relation", PLAIN)
 
 
@@ -186,7 +186,7 @@ def test_number_of_kept_eigenvalues(name: str, relation: str) -> None:
 def test_asking_twice_in_any_order_gives_the_same() -> None:
     """What is shared between powers and relations does not depend on who asked first."""
     forwards, backwards = LayerMatrices(CASES["wide"]), LayerMatrices(CASES["wide"])
-    questions = [(RELATIONS[name], power) for name in RELATIONS for power in powers_of(name)]
+    questions = [(RELATIONS[name], power) for name in PLAIN for power in powers_of(name)]
     first = {question: forwards.prediction(*question).squared_norm() for question in questions}
     for question in reversed(questions):
         assert torch.equal(backwards.prediction(*question).squared_norm(), first[question])
@@ -489,17 +489,26 @@ def test_dense_matrices_keep_their_scale() -> None:
 # --------------------------------------------------------------------------- the table
 
 
+_GRAMS = {
+    "weight": "WᵀW",
+    "change": "W_cᵀW_c",
+    "initial": "W₀ᵀW₀",
+    "gradient": "GᵀG",
+    "motion": "ΔWᵀΔW",
+}
+
+
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_every_relation_says_what_it_is(relation: str) -> None:
     """Name, symbol, an equation with its measured side, and a source in the papers."""
     entry = RELATIONS[relation]
     assert entry.name == relation
     assert entry.symbol
-    measured = "W_cᵀW_c" if entry.init_centered else "WᵀW"
+    measured = _GRAMS[entry.basis]
     assert entry.equation.startswith(measured if entry.side == "forward" else "WWᵀ")
     assert ("∝" in entry.equation) != entry.is_equality
     assert ("ˢ" in entry.equation) == entry.has_power
-    starts = ("Beaglehole", "C-NFA") if entry.init_centered else ("Thm", "Remark", "App.", "§")
+    starts = ("C-NFA",) if entry.basis != "weight" else ("Thm", "Remark", "App.", "§")
     assert entry.source.startswith(starts)
     assert entry.label(None) == relation
     assert entry.label(0.5) == f"{relation}^0.5"
@@ -512,6 +521,7 @@ def test_gram_names_have_their_sides() -> None:
         "nfm": "forward",
         "bnfm": "backward",
         "init_centered_nfm": "forward",
+        "initial_nfm": "forward",
     }
     assert not set(GRAM_MATRICES) & set(RELATIONS)
 

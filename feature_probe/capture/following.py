@@ -17,9 +17,19 @@ from torch import Tensor, nn
 
 from feature_probe.capture.compiled import Watch
 from feature_probe.capture.outputs import OutputGradients
-from feature_probe.capture.passes import Call, ForwardPass
+from feature_probe.capture.passes import Call, ForwardPass, InitialPass
 from feature_probe.capture.resolution import recordable
 from feature_probe.capture.shadow import ShadowPass, World, reentrant_checkpoint, repeatable
+
+
+class Beside(Protocol):
+    """Another network that is run on what the model is called with."""
+
+    def shadow(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShadowPass:
+        """Its pass, to be run after the model's, with the random state as it stands."""
+
+    def follow(self, shadow: ShadowPass) -> InitialPass:
+        """Run it."""
 
 
 class Recording(Protocol):
@@ -63,6 +73,10 @@ class Recording(Protocol):
     def needs_calls(self) -> bool:
         """Whether anything is asked for that the parameters' gradients do not show."""
 
+    @property
+    def initial(self) -> Beside | None:
+        """The network as it was before training, if it is to be run on the same inputs."""
+
 
 class Follower:
     """Follows the calls of one model while armed.
@@ -81,6 +95,7 @@ class Follower:
         self._inner, self._recorder, self._in_training = inner, recorder, in_training
         self._watch = Watch(model, self)
         self._shadow: ShadowPass | None = None
+        self._beside: ShadowPass | None = None
         self._direct = self._apart = False
         #: Whether the parameters' gradients are all that can be seen.
         self._alone = False
@@ -120,7 +135,7 @@ class Follower:
         self._forget()
 
     def _forget(self) -> None:
-        self._shadow, self._direct, self._apart = None, False, False
+        self._shadow, self._beside, self._direct, self._apart = None, None, False, False
 
     def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._forget()
@@ -133,6 +148,8 @@ class Follower:
         calls = self._recorder.needs_calls() and not self._alone
         if calls and (self._apart or self._reentrant is None):
             self._shadow = ShadowPass(self._inner, args, kwargs)
+        if calls and self._in_training and self._recorder.initial is not None:
+            self._beside = self._recorder.initial.shadow(args, kwargs)
         if self._direct:
             self._recorder.begin(running=True)
 
@@ -155,6 +172,7 @@ class Follower:
                 aside = self._in_training and self._recorder.products
                 world = World(self._inner).entered() if aside else nullcontext()
                 with world:
+                    forward.initial = self._initial_pass()
                     self._recorder.deliver(forward, output)
                 return
             forward.void = True
@@ -193,6 +211,7 @@ class Follower:
             return
         gradients = OutputGradients.watch(output, repeated, recorded.calls, recorded.edges)
         try:
+            recorded.initial = self._initial_pass()
             with shadow.aside():
                 self._recorder.deliver(recorded, repeated)
         finally:
@@ -200,6 +219,11 @@ class Follower:
         if gradients.problem is not None:
             self._recorder.cannot_follow(gradients.problem)
         self._carry(recorded, shadow, gradients)
+
+    def _initial_pass(self) -> InitialPass | None:
+        """The same inputs in the network as it was, if that is asked for."""
+        network, shadow = self._recorder.initial, self._beside
+        return None if network is None or shadow is None else network.follow(shadow)
 
     def _carry(
         self, forward: ForwardPass, shadow: ShadowPass | None, gradients: OutputGradients

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,6 +110,48 @@ class Call:
 
 
 @dataclass(eq=False)
+class InitialPass:
+    """What the network as it was before training made of the same inputs.
+
+    Attributes:
+        calls: The layers' applications and the gradient edges of their outputs, by the layer's name
+            and how often it had been called before.
+        output: What it returned.
+        aside: To be entered around products through its graph.
+        problem: Why there is nothing, "" if there is.
+    """
+
+    calls: Mapping[tuple[str, int], tuple[Call, GradientEdge]] = field(default_factory=dict)
+    output: Any = None
+    aside: Callable[[], AbstractContextManager[Any]] = nullcontext
+    problem: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        forward: ForwardPass,
+        names: Sequence[str],
+        output: Any,
+        aside: Callable[[], AbstractContextManager[Any]],
+    ) -> InitialPass:
+        """What was recorded of it; ``names`` of its layers by index."""
+        keys = in_order([names[call.index] for call in forward.calls])
+        calls = dict(zip(keys, zip(forward.calls, forward.edges, strict=True), strict=True))
+        forward.release()
+        return cls(calls, output, aside)
+
+
+def in_order(names: Sequence[str]) -> list[tuple[str, int]]:
+    """Each name with how often it came before."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for name in names:
+        keys.append((name, seen[name]))
+        seen[name] += 1
+    return keys
+
+
+@dataclass(eq=False)
 class ForwardPass:
     """One forward pass of the probed model; kept alive by its graph alone.
 
@@ -119,6 +163,7 @@ class ForwardPass:
         applied: How often each target was called in it, set likewise.
         staged: What the consumer holds back until a backward pass shows that it was training.
         without_graph: Whether a layer ran with gradients disabled, as in a reentrant checkpoint.
+        initial: The same inputs in the network as it was, where it is asked for.
         void: Whether another pass stands in its place, so that what arrives at it is not for us.
     """
 
@@ -128,8 +173,9 @@ class ForwardPass:
     applied: Mapping[int, int] = field(default_factory=dict)
     staged: dict[int, Any] = field(default_factory=dict)
     without_graph: bool = False
+    initial: InitialPass | None = None
     void: bool = False
 
     def release(self) -> None:
         """Let go of the graph."""
-        self.calls, self.edges = [], []
+        self.calls, self.edges, self.initial = [], [], None

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from feature_probe.capture.following import Follower
+from feature_probe.capture.following import Beside, Follower
 from feature_probe.capture.interception import (
     FunctionalCall,
     FunctionalTrace,
@@ -81,6 +81,7 @@ class Recorder:
         products: Whether K or E is asked for.
         reader: What was read in the passes.
         gathered: What a sharded model computes with.
+        initial: The network as it was, to be run on the same inputs as the model; None: it is not.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Recorder:
         in_training: bool = False,
     ) -> None:
         self.listening = True
+        self.initial: Beside | None = None
         self._model = model
         self._targets = discovery.targets
         self._discovery = discovery

@@ -29,7 +29,7 @@ Held = Literal["shared", "mean", "sum"]
 #: A target's name, and one of its sums or its weight.
 Key: TypeAlias = tuple[str, Literal["weight"] | Sum]
 
-_KINDS: tuple[Sum, ...] = ("gradient", "jacobian", "loss")
+_KINDS: tuple[Sum, ...] = ("gradient", "jacobian", "loss", "jacobian_change")
 #: The sums over the entries of two unrelated weights differ by about √2 norms, those of copies
 #: that are trained together by rounding.
 _SAME_WEIGHT = 0.05

@@ -110,7 +110,7 @@ def _problems(observer: Observer) -> dict[tuple[int, Sum], str]:
     """Everything that this rank cannot measure, also what is no matter of one window."""
     problems = dict(observer.problems)
     for index, reason in observer.recorder.reader.problems.items():
-        kinds: tuple[Sum, ...] = ("jacobian", "loss")
+        kinds: tuple[Sum, ...] = ("jacobian", "loss", "jacobian_change")
         if not observer.recorder.reader.uses_parameter(index):
             kinds = ("gradient", *kinds)
         problems |= {(index, kind): reason for kind in kinds}

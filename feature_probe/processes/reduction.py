@@ -188,6 +188,7 @@ def _fill(total: Moments, own: Moments, name: str, sums: Mapping[Key, Tensor]) -
 
     total.gradient = own.gradient if (name, "gradient") not in sums else summed("gradient")
     total.jacobian, total.loss = summed("jacobian"), summed("loss")
+    total.jacobian_change = summed("jacobian_change")
 
 
 def _training_group(model: nn.Module, meshes: Sequence[DeviceMesh]) -> ProcessGroup:

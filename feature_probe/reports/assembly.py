@@ -32,7 +32,7 @@ from feature_probe.sums.initial import InitialWeights
 from feature_probe.sums.moments import sum_dtype
 from feature_probe.sums.observer import Observer
 from feature_probe.sums.window import Window
-from feature_probe.theory.relations import LayerStatistics, Relation, Sum, clamp_tolerance
+from feature_probe.theory.relations import Basis, LayerStatistics, Relation, Sum, clamp_tolerance
 
 NO_GRADIENT = "no gradient reached"
 NEVER_CALLED = "the layer was never called, as a module or through its weight"
@@ -155,18 +155,17 @@ class Assembler:
         gradient = _mean(moments.gradient, moments.gradient_weight, scale)
         if gradient is not None and self.observer.recorder.reader.uses_parameter(index):
             gradient = target.gradient_matrix(gradient)
-        jacobian, loss = (_mean(t, window.examples) for t in (moments.jacobian, moments.loss))
+        jacobian, loss, change = (
+            _mean(t, window.examples)
+            for t in (moments.jacobian, moments.loss, moments.jacobian_change)
+        )
         if gradient is not None and index not in self.observer.reached and not gradient.any():
             gradient = None  # zeroed in place by the user, never filled
         decay = self.decay.value(target, self._computed(index))
         update = None if window.left_out else self.doctor.update(target, weight, decay)
-        dtypes = [t.dtype for t in (gradient, jacobian, loss) if t is not None]
+        dtypes = [t.dtype for t in (gradient, jacobian, loss, change) if t is not None]
         problems = self.observer.problems | window.problems
-        change, no_change = None, "W₀ was not asked for"
-        if self.initial_weights is not None and self._computed(index):
-            no_change = "W₀ is not known: the weight is computed from other parameters"
-        elif self.initial_weights is not None:
-            change, no_change = self.initial_weights.change(target, weight)
+        bases, no_basis = self._bases(index, weight, bool(window.left_out))
         return LayerStatistics(
             weight=weight.clone() if copy else weight,
             gradient=None if (index, "gradient") in problems else gradient,
@@ -176,9 +175,33 @@ class Assembler:
             tolerance=clamp_tolerance(dtypes[0] if dtypes else sum_dtype(weight.dtype)),
             missing=self._missing(index, window),
             update=update,
-            change=change,
-            no_change=no_change,
+            jacobian_change=None if (index, "jacobian_change") in problems else change,
+            bases=bases,
+            no_basis=no_basis,
         )
+
+    def _bases(
+        self, index: int, weight: Tensor, gap: bool
+    ) -> tuple[dict[Basis, Tensor], dict[Basis, str]]:
+        """What is asked to take the place of W, and why it cannot; ``gap``: steps were left out."""
+        target, initial = self.targets[index], self.initial_weights
+        found: dict[Basis, tuple[Tensor | None, str]] = {}
+        asked = {relation.basis for relation in self.relations}
+        if self._computed(index):
+            reason = "the weight is computed from other parameters"
+            found |= {"change": (None, f"W₀ is not known: {reason}")}
+            found |= {"initial": found["change"], "motion": (None, f"its path is not: {reason}")}
+        else:
+            if "change" in asked and initial is not None:
+                found["change"] = initial.change(target, weight)
+            if "initial" in asked and initial is not None:
+                found["initial"] = initial.matrix(target)
+            if "motion" in asked:
+                found["motion"] = self.doctor.motion(target, weight)
+                if gap:
+                    found["motion"] = None, "the window has a gap: steps were left out"
+        bases = {basis: matrix for basis, (matrix, _) in found.items() if matrix is not None}
+        return bases, {basis: reason for basis, (_, reason) in found.items() if reason}
 
     def _nothing(self, target: Target, reason: str) -> LayerStatistics:
         return LayerStatistics(
@@ -226,7 +249,7 @@ class Assembler:
         else:
             general = NO_GRADIENT
         missing: dict[Sum, str] = {}
-        asked = {relation.needs for relation in self.relations}
+        asked = {needs for relation in self.relations for needs in relation.sums}
         for needs in get_args(Sum):
             if needs not in asked:
                 missing[needs] = "not asked for"
@@ -287,7 +310,9 @@ class Assembler:
         return Coverage(tuple(entries))
 
     def _degree(self, statistics: LayerStatistics) -> tuple[Measured, str]:
-        asked = dict.fromkeys(r.needs for r in self.relations if r.needs != "update")
+        asked = dict.fromkeys(
+            needs for r in self.relations for needs in sorted(r.sums) if needs != "update"
+        )
         absent = [needs for needs in asked if statistics.sum(needs) is None]
         if not absent:
             return "all", ""

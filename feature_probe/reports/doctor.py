@@ -51,6 +51,18 @@ class Doctor:
             return None
         return self._path(target).update(weight, decay or 0.0)
 
+    def motion(self, target: Target, weight: Tensor) -> tuple[Tensor | None, str]:
+        """W − W_t since the window's first step, float64, or None with the reason."""
+        if not self.in_training:
+            return None, "frozen weights do not move: it is measured in the loop"
+        path = self._path(target)
+        if path.start is None or path.steps == 0:
+            return None, "the path of the weight was not followed (sharded, or no gradient)"
+        if path.steps < 2:
+            return None, "the weights' motion shows in a window of two steps or more"
+        now = to_algebra(weight)
+        return now - to_algebra(path.start).to(now.device), ""
+
     def no_update(self, target: Target) -> str:
         """Why there is no U."""
         if not self.in_training:

@@ -20,7 +20,7 @@ from feature_probe.reports.causes import (
 from feature_probe.reports.diagnosis import Diagnosis
 from feature_probe.reports.phrases import listed, whole_relations
 from feature_probe.reports.record import Record
-from feature_probe.theory.relations import RELATIONS
+from feature_probe.theory.relations import RELATIONS, Basis
 
 #: Words a sentence may have, less those that count what was left out.
 _WORDS = 84
@@ -34,6 +34,17 @@ _OPEN: Mapping[str, tuple[str, str]] = {
     "cannot tell": ("cannot be judged", "cannot be judged"),
     "undefined": ("has no number", "have no number"),
 }
+#: What alignment says where another matrix stands in the place of the weight.
+_OF_BASES: Sequence[tuple[frozenset[Basis], str]] = (
+    (
+        frozenset({"initial"}),
+        "what has changed in the output's gradients lies where the initial weight pointed",
+    ),
+    (
+        frozenset({"gradient", "motion"}),
+        "training moves the weight along the directions to which the output reacts most",
+    ),
+)
 
 
 class Reported(Protocol):
@@ -138,7 +149,7 @@ def _advice(situation: Situation, gaps: Mapping[tuple[str, Reason], Sequence[str
     if any(record.verdict == "approaching" for record in findings):
         causes.add("unripe")
     doubtful = [r for r in findings if r.verdict in ("at chance", "below chance")]
-    sampled = any(RELATIONS[record.relation].needs == "jacobian" for record in doubtful)
+    sampled = any(RELATIONS[record.relation].needs.startswith("jacobian") for record in doubtful)
     if sampled and situation.settings.get("jacobian") == "random":
         causes.add("random")
     chosen = actions(situation, causes)[:2]
@@ -247,11 +258,20 @@ def _meaning_of_rest(records: Sequence[Record], diagnosis: Diagnosis) -> str:
 
 def _meaning_of_alignment(records: Sequence[Record]) -> str:
     """What a proportionality that is aligned says."""
-    needs = {RELATIONS[record.relation].needs for record in records}
-    sums = {"jacobian": "the output", "loss": "the loss"}
+    relations = [RELATIONS[record.relation] for record in records]
+    said = [said for bases, said in _OF_BASES if any(r.basis in bases for r in relations)]
+    needs = {r.needs for r in relations if r.basis in ("weight", "change")}
+    sums = {
+        "jacobian": "the output",
+        "jacobian_change": "the change of the output's gradients",
+        "loss": "the loss",
+    }
     names = [name for key, name in sums.items() if key in needs]
-    react = "reacts" if len(names) == 1 else "react"
-    return f"the weight has learned the directions to which {listed(names)} {react} most"
+    if names:
+        react = "reacts" if len(names) == 1 else "react"
+        learned = f"the weight has learned the directions to which {listed(names)} {react} most"
+        said = [learned, *said]
+    return listed(said)
 
 
 def _named(layer: str) -> str:

@@ -13,7 +13,7 @@ from feature_probe.sums.moments import Moments
 from feature_probe.sums.window import Window
 from feature_probe.theory.matrices import LayerMatrices
 from feature_probe.theory.power import fitted_power
-from feature_probe.theory.relations import RELATIONS, LayerStatistics, Relation, Sum
+from feature_probe.theory.relations import RELATIONS, Basis, LayerStatistics, Relation, Sum
 from feature_probe.theory.uncertainty import effective_examples, jackknife, regime
 
 _IN_THE_LOOP = (
@@ -24,6 +24,10 @@ _IN_THE_LOOP = (
 _NOT_OF_FACT = (
     "cannot tell: FACT of a sample says little of FACT of all the data, and no interval covers "
     "that; measure all the training data"
+)
+_NOT_OF_GRADIENTS = (
+    "cannot tell: the mean gradient of a sample may say little of that of all the data; measure "
+    "all the training data"
 )
 _NOT_ASKED = "no interval: measure(jackknife=8) gives one"
 
@@ -104,7 +108,7 @@ class Parts:
     def effective(self, index: int, needs: Sum) -> float:
         """Examples behind one layer's sum, fewer where a few of them carry most of it."""
         examples = self.whole.examples
-        if needs not in ("jacobian", "loss"):
+        if needs in ("gradient", "update"):
             return float(examples)
         totals = [getattr(group.layer(index), needs) for group in self.groups]
         if any(total is None for total in totals):
@@ -140,14 +144,14 @@ def with_intervals(
         return [replace(record, interval_note=note) for record in records]
 
     @cache
-    def matrices(init_centered: bool) -> list[LayerMatrices]:
-        return [LayerMatrices(statistics.basis(init_centered)) for statistics in left_out]
+    def matrices(basis: Basis) -> list[LayerMatrices]:
+        return [LayerMatrices(statistics.based_on(basis)) for statistics in left_out]
 
     asked = [RELATIONS[record.relation] for record in records]
     return [
         record
         if math.isnan(record.cosine)
-        else _with_interval(record, matrices(relation.init_centered), parts, index, rows)
+        else _with_interval(record, matrices(relation.basis), parts, index, rows)
         for record, relation in zip(records, asked, strict=True)
     ]
 
@@ -156,9 +160,10 @@ def _with_interval(
     record: Record, left_out: Sequence[LayerMatrices], parts: Parts, index: int, rows: int
 ) -> Record:
     relation = RELATIONS[record.relation]
-    if relation.is_equality and parts.share < 1:
-        return replace(record, interval_note=_NOT_OF_FACT)
-    exact = parts.exact or relation.needs != "jacobian"
+    if "gradient" in relation.sums and parts.share < 1:
+        note = _NOT_OF_FACT if relation.is_equality else _NOT_OF_GRADIENTS
+        return replace(record, interval_note=note)
+    exact = parts.exact or relation.needs == "loss"
     share = parts.share if exact else 0.0
     cosines = [_cosine(matrices, relation, record.power) for matrices in left_out]
     interval = jackknife(record.cosine, cosines, share=share)

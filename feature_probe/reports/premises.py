@@ -78,6 +78,7 @@ def premises(known: Circumstances, statistics: LayerStatistics) -> dict[Sum, Pre
         "update": _of_slope(known, known.update),
         "jacobian": _of_jacobian(known, statistics.jacobian),
         "loss": _of_curvature(known, statistics.loss, "E"),
+        "jacobian_change": _of_curvature(known, statistics.jacobian_change, "K̄"),
     }
     return {needs: premise for needs, premise in found.items() if premise is not None}
 

@@ -108,7 +108,8 @@ class Report:
         Args:
             layer: Layer name.
             kind: A relation's name (its prediction: FACT, AGOPˢ, ...), or "nfm" for WᵀW, "bnfm"
-                for WWᵀ and "init_centered_nfm" for (W − W₀)ᵀ(W − W₀).
+                for WWᵀ, "init_centered_nfm" for (W − W₀)ᵀ(W − W₀), "initial_nfm" for W₀ᵀW₀. The
+                matrix K itself is the prediction of "bnfa".
             power: s, for relations that have one; 1 if not given.
 
         Returns:
@@ -135,11 +136,11 @@ class Report:
             if statistics.sum(relation.needs) is None:
                 reason = statistics.missing.get(relation.needs, "not asked for")
                 raise NotMeasuredError(f"{kind!r} of layer {layer!r} was not measured: {reason}")
-        if measured.init_centered and statistics.change is None:
+        if statistics.in_place_of_weight(measured.basis) is None:
             raise NotMeasuredError(
-                f"{kind!r} of layer {layer!r} was not measured: {statistics.no_change}"
+                f"{kind!r} of layer {layer!r} was not measured: {statistics.why_no(measured.basis)}"
             )
-        matrices = LayerMatrices(statistics.basis(measured.init_centered), framed=False)
+        matrices = LayerMatrices(statistics.based_on(measured.basis), framed=False)
         found = (
             matrices.gram(measured) if relation is None else matrices.prediction(relation, power)
         )

@@ -16,7 +16,7 @@ from feature_probe.theory.agreement import Agreement, compare, undefined
 from feature_probe.theory.levels import ChanceLevel, shared_weight_level
 from feature_probe.theory.matrices import LayerMatrices
 from feature_probe.theory.power import FittedPower, fitted_power, power_cosine
-from feature_probe.theory.relations import LayerStatistics, Relation, Sum
+from feature_probe.theory.relations import Basis, LayerStatistics, Relation, Sum
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,18 @@ logger = logging.getLogger(__name__)
 OnFault = Callable[[Exception, str], None]
 _NAN = float("nan")
 _LONGEST_MESSAGE = 200
+#: What stands for W in some relations, in words, and what it means where it is zero.
+_BASES: Mapping[Basis, str] = {
+    "change": "W − W₀",
+    "initial": "W₀",
+    "gradient": "the gradient sum",
+    "motion": "the window's motion of W",
+}
+_ZERO: Mapping[Basis, str] = {
+    "change": "W = W₀: the weight has not changed since initialisation",
+    "gradient": "the gradient is zero",
+    "motion": "the weight has not moved in this window",
+}
 
 
 @dataclass(frozen=True)
@@ -67,24 +79,22 @@ def score_layer(
     Where the computation itself fails (linear algebra, memory), that record alone says "fault: ..."
     and ``on_fault`` is told.
     """
-    inputs = {(relation.needs, relation.init_centered) for relation in relations}
-    missing = {
-        (needs, centered): _missing(statistics, needs, centered) for needs, centered in inputs
-    }
+    inputs = {(relation.needs, relation.basis) for relation in relations}
+    missing = {(needs, basis): _missing(statistics, needs, basis) for needs, basis in inputs}
 
     @cache
-    def matrices(init_centered: bool) -> LayerMatrices:
-        return LayerMatrices(statistics.basis(init_centered))
+    def matrices(basis: Basis) -> LayerMatrices:
+        return LayerMatrices(statistics.based_on(basis))
 
     @cache
     def fit(relation: Relation) -> Fit:
-        return _fit(statistics, matrices(relation.init_centered), relation)
+        return _fit(statistics, matrices(relation.basis), relation)
 
     def scores(relation: Relation, power: float | None) -> _Scores:
-        if reason := missing[relation.needs, relation.init_centered]:
+        if reason := missing[relation.needs, relation.basis]:
             return _Scores(undefined(reason))
         try:
-            seen = matrices(relation.init_centered)
+            seen = matrices(relation.basis)
             return _scores(statistics, seen, relation, power, fit, facts.depth)
         except Exception as error:  # one number's failure must not cost the others
             on_fault(error, f"scoring layer {facts.layer!r}")
@@ -275,8 +285,8 @@ def _status(relation: Relation, decay: float | None, reason: str) -> str:
     return "; ".join(notes) or "ok"
 
 
-def _missing(statistics: LayerStatistics, needs: Sum, init_centered: bool) -> str:
-    """Why the relations of a sum, and of W or W − W₀, cannot be scored; "" if they can."""
+def _missing(statistics: LayerStatistics, needs: Sum, basis: Basis) -> str:
+    """Why the relations of a sum, and of what stands for W, cannot be scored; "" if they can."""
     if not _finite(statistics.weight):
         return "not finite: the weight holds NaN or infinity"
     tensor = statistics.sum(needs)
@@ -284,13 +294,12 @@ def _missing(statistics: LayerStatistics, needs: Sum, init_centered: bool) -> st
         return statistics.missing.get(needs, "not measured")
     if not _finite(tensor):
         return f"not finite: the {needs} sum holds NaN or infinity"
-    if not init_centered:
-        return ""
-    if statistics.change is None:
-        return statistics.no_change
-    if not bool(statistics.change.any()):
-        return "W = W₀: the weight has not changed since initialisation"
-    return ""
+    matrix = statistics.in_place_of_weight(basis)
+    if matrix is None:
+        return statistics.why_no(basis)
+    if not _finite(matrix):
+        return f"not finite: {_BASES.get(basis, basis)} holds NaN or infinity"
+    return _ZERO[basis] if basis in _ZERO and not bool(matrix.any()) else ""
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -253,9 +253,9 @@ def _account_charts(labels: Sequence[str], score: str) -> dict[str, Chart]:
 
 
 def _side(label: str) -> tuple[bool, bool]:
-    """Sorts forward before backward, and both before what W − W₀ takes the place of W in."""
+    """Sorts forward before backward, and both before what has another matrix in the place of W."""
     relation = RELATIONS[label.partition("^")[0]]
-    return relation.init_centered, relation.side == "backward"
+    return relation.basis != "weight", relation.side == "backward"
 
 
 def _share_charts(labels: Sequence[str]) -> dict[str, Chart]:

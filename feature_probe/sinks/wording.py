@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from feature_probe.reports.record import Record
-from feature_probe.theory.relations import RELATIONS, Relation
+from feature_probe.theory.relations import RELATIONS, Basis, Relation
 
 #: What each relation predicts, in ASCII for pictures; the power is appended.
 PREDICTIONS: Mapping[str, str] = {
@@ -21,6 +21,18 @@ PREDICTIONS: Mapping[str, str] = {
     "benfa": "beNFA",
     "init_centered_nfa": "C-AGOP",
     "init_centered_enfa": "C-eNFA",
+    "double_centered_nfa": "double-centred AGOP",
+    "ptk_centered_nfa": "PTK-centred AGOP",
+    "alignment_speed": "G^T K G",
+    "update_alignment_speed": "dW^T K dW",
+}
+#: What stands in the place of W, in ASCII.
+BASES: Mapping[Basis, str] = {
+    "weight": "W",
+    "change": "Wc",
+    "initial": "W0",
+    "gradient": "G",
+    "motion": "dW",
 }
 #: What each score is called in prose.
 SCORE_NAMES: Mapping[str, str] = {
@@ -32,9 +44,8 @@ SCORE_NAMES: Mapping[str, str] = {
 
 def gram_name(relation: Relation) -> str:
     """The weight's side of the comparison, in ASCII."""
-    if relation.init_centered:
-        return "Wc^T Wc"
-    return "W^T W" if relation.side == "forward" else "W W^T"
+    name = BASES[relation.basis]
+    return f"{name}^T {name}" if relation.side == "forward" else f"{name} {name}^T"
 
 
 def question(record: Record) -> str:
@@ -48,7 +59,7 @@ def question(record: Record) -> str:
 def chance_meaning(relation: Relation) -> str:
     """What ``Record.level_by_chance`` stands for, in words."""
     if relation.has_power and relation.side == "forward":
-        weight = "W-W0" if relation.init_centered else "W"
+        weight = "W-W0" if relation.basis == "change" else BASES[relation.basis]
         return f"the same {weight} with random eigenvectors of K or E"
     return "a random rotation of one of the two"
 

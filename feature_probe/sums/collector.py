@@ -30,6 +30,7 @@ class Collector:
         loss_scale: As given by the user.
         gradients: Whether G is asked for.
         updates: Whether the mean update is, of layers whose decay is decoupled.
+        motion: Whether the weights' motion is.
 
     Attributes:
         evidence: For the self-test; None: none is gathered.
@@ -47,6 +48,7 @@ class Collector:
         *,
         gradients: bool,
         updates: bool = False,
+        motion: bool = False,
     ) -> None:
         self.window = Window()
         self.trajectory = Trajectory()
@@ -58,6 +60,7 @@ class Collector:
         self._loss_scale = loss_scale
         self._gradients = gradients
         self._updates = updates
+        self._follows = gradients or updates or motion
         self._decoupled: set[int] = set()
         self._ownership = Ownership(targets, optimizers)
         if len(optimizers) > 1:
@@ -262,7 +265,7 @@ class Collector:
                 self._verify(index, target, number, formed, scale, own=own)
             if self._aside is not None:
                 continue
-            if self._gradients or self._updates:
+            if self._follows:
                 self._follow(target, number, scale)
             if not own:
                 continue  # gᵀh of the step's calls, formed as they arrived
@@ -338,7 +341,7 @@ def _weigh(part: Window, examples: int, behind: int) -> None:
     """Let sums over ``behind`` examples count as if over others, by whose number means divide."""
     if behind and behind != examples:
         for moments in part.layers:
-            for total in (moments.jacobian, moments.loss):
+            for total in (moments.jacobian, moments.loss, moments.jacobian_change):
                 if total is not None:
                     total.mul_(examples / behind)
     part.examples = 0

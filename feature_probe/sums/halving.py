@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from feature_probe.capture.evaluation import left_as_found, map_tensors, to_device
+from feature_probe.capture.selection import select_output
 from feature_probe.capture.shadow import eagerly
 from feature_probe.errors import ConfigurationError
-from feature_probe.sums.observer import select_output
 
 Run = Callable[[nn.Module, Any], tuple[Any, Tensor | None]]
 

@@ -71,6 +71,14 @@ class InitialWeights:
         name = self._names.get(id(parameter))
         return None if name is None else self._kept.get(name)
 
+    def matrix(self, target: Target) -> tuple[Tensor | None, str]:
+        """W₀ of a layer in float64, ``[groups, d_out, d_in]``, or None with the reason."""
+        initial = self.of(target.parameter)
+        if initial is None:
+            where = "in initial_weights" if self._is_given else "when the probe was attached"
+            return None, f"W₀ is not known: there was no such weight {where}"
+        return to_algebra(target.matrix(initial)), ""
+
     def change(self, target: Target, weight: Tensor) -> tuple[Tensor | None, str]:
         """W − W₀ of a layer, or None with the reason.
 
@@ -81,12 +89,11 @@ class InitialWeights:
         Returns:
             W − W₀ in float64, ``[groups, d_out, d_in]``.
         """
-        initial = self.of(target.parameter)
+        initial, unknown = self.matrix(target)
         if initial is None:
-            where = "in initial_weights" if self._is_given else "when the probe was attached"
-            return None, f"W₀ is not known: there was no such weight {where}"
+            return None, unknown
         now = to_algebra(weight)
-        change = now - to_algebra(target.matrix(initial)).to(now.device)
+        change = now - initial.to(now.device)
         if self._store == "half" and float(change.norm()) <= _RESOLVED * float(now.norm()):
             return None, "W − W₀ is not known: it is no larger than what W₀ in float16 resolves"
         return change, ""
@@ -107,8 +114,8 @@ class InitialWeights:
         return tensor.detach().to("cpu", dtype, copy=True)
 
     def _read(self, model: nn.Module, given: Given) -> None:
-        found = _without_prefix(
-            {plain_name(name): value for name, value in _state(given).items()},
+        found = without_prefix(
+            {plain_name(name): value for name, value in given_state(given).items()},
             list(self._names.values()),
         )
         shapes = {plain_name(n): p.shape for n, p in model.named_parameters(remove_duplicate=False)}
@@ -129,7 +136,7 @@ class InitialWeights:
             )
 
 
-def _without_prefix(state: Mapping[str, Any], names: list[str]) -> Mapping[str, Any]:
+def without_prefix(state: Mapping[str, Any], names: list[str]) -> Mapping[str, Any]:
     """Names without what a wrapper or a training module put before all of them."""
     if any(name in state for name in names):
         return state
@@ -141,8 +148,12 @@ def _without_prefix(state: Mapping[str, Any], names: list[str]) -> Mapping[str, 
     return state
 
 
-def _state(given: Given) -> Mapping[str, Any]:
-    """The state dict that was given, or that is in the file."""
+def given_state(given: Given) -> Mapping[str, Any]:
+    """The state dict that was given, or that is in the file.
+
+    Raises:
+        ConfigurationError: if it is none of these.
+    """
     if isinstance(given, nn.Module):
         return given.state_dict()
     if isinstance(given, (str, os.PathLike)):

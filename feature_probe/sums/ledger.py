@@ -257,6 +257,7 @@ class Ledger:
             reached = {call.index for task in aside for call in task.delivered}
             stage.withhold(reached, "loss", UNCLEAR)
             stage.withhold(reached, "jacobian", UNCLEAR)
+            stage.withhold(reached, "jacobian_change", UNCLEAR)
 
     def _follow(
         self,

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Outer = Literal["jacobian", "loss"]
+Outer = Literal["jacobian", "loss", "jacobian_change"]
 #: Rows that are cast at once, so that the float32 copy of low-precision rows stays bounded.
 _CHUNK = 16384
 
@@ -27,6 +27,7 @@ class Moments:
         loss: Σ g gᵀ over examples and positions, ``[groups, d_out, d_out]``.
         jacobian_rows: Examples × positions × calls of the forward passes behind ``jacobian``.
         loss_rows: The same for the gradients that arrived.
+        jacobian_change: Σ (J − J⁰)ᵀ(J − J⁰) of the same passes, J⁰ of the network as it was.
 
     All are float32, or float64 for float64 data, whatever the activations' type. An empty sum is
     None, which is not the same as a sum of zeros: nothing was ever added.
@@ -38,6 +39,7 @@ class Moments:
     loss: Tensor | None = None
     jacobian_rows: int = 0
     loss_rows: int = 0
+    jacobian_change: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -67,15 +69,12 @@ class Moments:
             scale: Factor on every row, applied before the product so that small gradients in
                 float32 do not underflow when squared.
         """
-        total = self.jacobian if kind == "jacobian" else self.loss
+        total: Tensor | None = getattr(self, kind)
         if total is None:
             shape = (rows.shape[1], rows.shape[2], rows.shape[2])
             total = torch.zeros(shape, dtype=sum_dtype(rows.dtype), device=rows.device)
         add_gram_(total, rows.detach(), scale)
-        if kind == "jacobian":
-            self.jacobian = total
-        else:
-            self.loss = total
+        setattr(self, kind, total)
 
     def merge(self, other: Moments) -> None:
         """Add another layer's sums, taking its tensors over where there are none yet.
@@ -86,6 +85,7 @@ class Moments:
         self.gradient_weight += other.gradient_weight
         self.jacobian = _added(self.jacobian, other.jacobian)
         self.loss = _added(self.loss, other.loss)
+        self.jacobian_change = _added(self.jacobian_change, other.jacobian_change)
         self.jacobian_rows += other.jacobian_rows
         self.loss_rows += other.loss_rows
 
@@ -98,6 +98,7 @@ class Moments:
             loss=_less(self.loss, other.loss),
             jacobian_rows=self.jacobian_rows - other.jacobian_rows,
             loss_rows=self.loss_rows - other.loss_rows,
+            jacobian_change=_less(self.jacobian_change, other.jacobian_change),
         )
 
     def take_counts(self) -> Moments:
@@ -123,11 +124,12 @@ class Moments:
             loss=mask(self.loss),
             jacobian_rows=self.jacobian_rows,
             loss_rows=self.loss_rows,
+            jacobian_change=mask(self.jacobian_change),
         )
 
     def nbytes(self) -> int:
         """Bytes held by the sums."""
-        held = (self.gradient, self.jacobian, self.loss)
+        held = (self.gradient, self.jacobian, self.loss, self.jacobian_change)
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
 

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from feature_probe.capture.chain import remaining_depths
-from feature_probe.capture.passes import Anchor, Call, ForwardPass
+from feature_probe.capture.passes import Anchor, Call, ForwardPass, InitialPass
 from feature_probe.capture.recorder import Recorder
+from feature_probe.capture.selection import select_output
 from feature_probe.capture.sharding import unreduced
 from feature_probe.errors import ConfigurationError, positive_integer
 from feature_probe.layers.targets import Discovery
+from feature_probe.sums.initial_jacobian import InitialJacobian
 from feature_probe.sums.jacobian import JacobianSettings, cotangents, vector_jacobian_products
 from feature_probe.sums.ledger import Ledger, Positions, Reduction
-from feature_probe.sums.moments import Moments
+from feature_probe.sums.moments import Moments, Outer
 from feature_probe.sums.window import Window
 from feature_probe.theory.relations import Sum
 
@@ -70,6 +72,8 @@ class ObserverSettings:
             raise ConfigurationError(f"seed must be an integer, got {given!r}")
 
 
+#: The sums that are made of products of the output.
+JACOBIANS: tuple[Outer, ...] = ("jacobian", "jacobian_change")
 #: Nodes that leave the Jacobian of what is below them the identity.
 _COPIES = frozenset({"ToCopyBackward0", "CloneBackward0", "AliasBackward0"})
 
@@ -204,12 +208,16 @@ class Observer:
     def on_forward(self, forward: ForwardPass, output: Any) -> None:
         """Read n from the output and stage K by vector-Jacobian products of it."""
         if self._in_training:
-            self._differentiate(forward, forward.calls, forward.edges, output)
+            self._differentiate(forward, forward.calls, forward.edges, output, forward.initial)
         else:
             self._waiting.append((forward, forward.calls, forward.edges))
 
-    def finish(self, output: Any) -> None:
+    def finish(self, output: Any, initial: InitialPass | None = None) -> None:
         """Count the pass that waits, with ``output`` as what the model is said to have returned.
+
+        Args:
+            output: Likewise.
+            initial: The same inputs in the network as it was.
 
         Raises:
             ConfigurationError: unless exactly one pass waits, or if f cannot be found in ``output``
@@ -222,7 +230,7 @@ class Observer:
                 "(as model(x), which runs hooks, not as model.forward(x))"
             )
         forward, calls, edges = waiting[0]
-        self._differentiate(forward, calls, edges, output)
+        self._differentiate(forward, calls, edges, output, initial)
         self.edges += edges
         self._passes += 1
         self._window.examples += forward.examples
@@ -236,6 +244,7 @@ class Observer:
         """Say so for every sum that needs the layers' inputs or output gradients."""
         for index in range(len(self._targets)):
             self.problems[index, "jacobian"] = self.problems[index, "loss"] = reason
+            self.problems[index, "jacobian_change"] = reason
             if not self.recorder.reader.uses_parameter(index):
                 self.problems[index, "gradient"] = reason
 
@@ -272,7 +281,12 @@ class Observer:
             self._reduced[key] = self._reduced[key] + summed if key in self._reduced else summed
 
     def _differentiate(
-        self, forward: ForwardPass, calls: list[Call], edges: list[GradientEdge], output: Any
+        self,
+        forward: ForwardPass,
+        calls: list[Call],
+        edges: list[GradientEdge],
+        output: Any,
+        initial: InitialPass | None,
     ) -> None:
         f = select_output(output, self._settings.output)
         forward.examples = f.shape[0]
@@ -280,10 +294,10 @@ class Observer:
         self.repeated |= {index for index, times in forward.applied.items() if times > 1}
         if f.requires_grad and calls:
             self._note_depths(f, calls, edges)
-        if "jacobian" in self._settings.needs:
+        if self._settings.needs & {"jacobian", "jacobian_change"}:
             self._settings.jacobian.check(f)
             if f.requires_grad and calls:
-                self._stage_jacobian(forward, calls, edges, f)
+                self._stage_jacobian(forward, calls, edges, f, initial)
 
     def _note_depths(self, f: Tensor, calls: Sequence[Call], edges: Sequence[GradientEdge]) -> None:
         """Whether the layers are a chain: asked of the first pass, and of the same layers ever."""
@@ -300,54 +314,83 @@ class Observer:
         forward.staged = {}
 
     def _stage_jacobian(
-        self, forward: ForwardPass, calls: list[Call], edges: list[GradientEdge], f: Tensor
+        self,
+        forward: ForwardPass,
+        calls: list[Call],
+        edges: list[GradientEdge],
+        f: Tensor,
+        initial: InitialPass | None,
     ) -> None:
+        needs = self._settings.needs
+        kinds = [kind for kind in JACOBIANS if kind in needs]
         pairs = [
             (call, edge)
             for call, edge in zip(calls, edges, strict=True)
-            if self._measurable(call, "jacobian")
+            if any(self._measurable(call, kind) for kind in kinds)
         ]
         if not pairs:
             return
         own = _behind_copies(get_gradient_edge(Anchor.of(f)[1]).node)
         self.output_layers |= {call.index for call, edge in pairs if edge.node is own}
         asked, places = zip(*pairs, strict=True)
+        before = self._initial_jacobian(asked, f, initial) if "jacobian_change" in needs else None
         self.recorder.listening = False
         try:
             with unreduced(self.model):
                 for v, scale in cotangents(f, self._settings.jacobian, self._generator(f.device)):
                     products = vector_jacobian_products(f, places, v)
-                    self._stage_products(forward, asked, products, scale)
+                    rows = [
+                        None if product is None else call.rows(product)
+                        for call, product in zip(asked, products, strict=True)
+                    ]
+                    self.reached |= {
+                        call.index for call, r in zip(asked, rows, strict=True) if r is not None
+                    }
+                    if "jacobian" in needs:
+                        self._stage_rows(forward, asked, rows, scale, "jacobian")
+                    if before is not None:
+                        changed = before.differences(v, rows)
+                        self._stage_rows(forward, asked, changed, scale, "jacobian_change")
         finally:
             self.recorder.listening = True
 
-    def _stage_products(
+    def _initial_jacobian(
+        self, calls: Sequence[Call], f: Tensor, initial: InitialPass | None
+    ) -> InitialJacobian | None:
+        """J⁰ at the same places, or None with the reason among the problems."""
+        names = [self._targets[call.index].name for call in calls]
+        before = InitialJacobian(initial, names, f, self._settings.output)
+        for call, problem in zip(calls, before.problems, strict=True):
+            if problem:
+                self.problems[call.index, "jacobian_change"] = problem
+        return None if all(before.problems) else before
+
+    def _stage_rows(
         self,
         forward: ForwardPass,
         calls: Sequence[Call],
-        products: Sequence[Tensor | None],
+        rows_of_calls: Sequence[Tensor | None],
         scale: float,
+        kind: Outer,
     ) -> None:
         reduced: dict[int, Tensor] = {}
         counted: dict[int, int] = {}
-        for call, product in zip(calls, products, strict=True):
-            if product is None:
+        for call, rows in zip(calls, rows_of_calls, strict=True):
+            if rows is None or (call.index, kind) in self.problems:
                 continue
-            self.reached.add(call.index)
-            rows = call.rows(product)
             counted[call.index] = counted.get(call.index, 0) + rows.shape[0] * rows.shape[1]
             moments = forward.staged.setdefault(call.index, Moments())
             if self._settings.positions == "expand":
-                if not self._tells_examples_apart(forward, call, rows, "jacobian"):
+                if not self._tells_examples_apart(forward, call, rows, kind):
                     continue
-                moments.add_outer("jacobian", rows.flatten(0, 1), scale)
-            elif self._has_example_axis(call, rows, forward.examples, "jacobian"):
+                moments.add_outer(kind, rows.flatten(0, 1), scale)
+            elif self._has_example_axis(call, rows, forward.examples, kind):
                 summed = rows.sum(1)
                 reduced[call.index] = (
                     reduced[call.index] + summed if call.index in reduced else summed
                 )
         for index, rows in reduced.items():
-            forward.staged[index].add_outer("jacobian", rows, scale)
+            forward.staged[index].add_outer(kind, rows, scale)
         for index, count in counted.items():
             forward.staged[index].jacobian_rows = count
 
@@ -373,7 +416,7 @@ class Observer:
         """
         examples = forward.examples
         once = rows.shape[0] == 1 < examples and forward.applied.get(call.index, 1) % examples
-        if not once or (kind == "jacobian" and self._settings.jacobian.kind == "random"):
+        if not once or (kind in JACOBIANS and self._settings.jacobian.kind == "random"):
             return True
         self.problems[call.index, kind] = (
             f"the layer ran once for all {examples} examples (on a table of positions?), so that "
@@ -407,46 +450,3 @@ def _behind_copies(node: Any) -> Any:
     while node.name() in _COPIES:
         node = node.next_functions[0][0]
     return node
-
-
-def select_output(output: Any, chooser: Callable[[Any], Any] | None) -> Tensor:
-    """The tensor f ``[n, ...]`` in what a model returned.
-
-    Raises:
-        ConfigurationError: if there is no floating tensor with an example axis.
-    """
-    f = output
-    if chooser is not None:
-        try:
-            f = chooser(output)
-        except Exception as error:  # whatever the user's function raises
-            raise ConfigurationError(
-                f"output= raised {type(error).__name__}: {error}; the model returned a "
-                f"{type(output).__name__}"
-            ) from error
-    if not isinstance(f, Tensor):
-        raise ConfigurationError(_no_tensor(output, f, chooser is None))
-    if f.dim() == 0:
-        raise ConfigurationError(
-            "the model's output is a scalar (a loss?); give output= to pick the tensor f of "
-            "shape [n, ...] whose Jacobian is meant, e.g. output=lambda out: out[1]"
-        )
-    if not f.is_floating_point():
-        raise ConfigurationError(f"the model's output has dtype {f.dtype}; f must be floating")
-    return f
-
-
-def _no_tensor(output: Any, chosen: Any, direct: bool) -> str:
-    if not direct:
-        return f"output= returned {type(chosen).__name__}; it must return the tensor f [n, ...]"
-    if isinstance(output, Mapping):
-        inside = f" with keys {', '.join(map(repr, output))}"
-        example = "output=lambda out: out['logits']"
-    elif isinstance(output, (tuple, list)):
-        inside, example = f" of {len(output)}", "output=lambda out: out[0]"
-    else:
-        inside, example = "", "output=lambda out: out.logits"
-    return (
-        f"the model returned a {type(output).__name__}{inside}, not a tensor; give output= to pick "
-        f"f, e.g. {example}"
-    )

@@ -16,8 +16,12 @@ code name             paper                       shape
 with z = W h the pre-activation without bias, J = ∂f/∂z, g = ∂ℓ/∂z, p the position (pixel, token,
 call). Then FACT = −WᵀG/λ, AGOP = WᵀKW, eNFA = WᵀEW on the input side, bFACT = −WGᵀ/λ, bAGOP = K,
 beNFA = E on the output side. Under decoupled weight decay (AdamW, Lion, Muon), W₊ = (1 − ηλ)W − ηU,
-rest means U = −λW, and the optimizer's update U takes the place of G. The init-centred relations
-put W_c = W − W₀ in the place of W, W₀ the weight before training. Nothing here sees a Module.
+rest means U = −λW, and the optimizer's update U takes the place of G.
+
+The relations of the C-NFA paper ("Gradient descent induces alignment between weights and the
+pre-activation tangents for deep non-linear networks", Beaglehole, Mitliagkas and Agarwala) put
+another matrix in the place of W on both sides, and K̄ = (1/n) Σ (J − J⁰)ᵀ(J − J⁰) in that of K,
+J⁰ the Jacobian of the whole network as it was before training. Nothing here sees a Module.
 """
 
 from __future__ import annotations
@@ -32,7 +36,9 @@ from torch import Tensor
 from feature_probe.errors import ConfigurationError
 
 Side = Literal["forward", "backward"]
-Sum = Literal["gradient", "update", "jacobian", "loss"]
+Sum = Literal["gradient", "update", "jacobian", "loss", "jacobian_change"]
+#: What stands in the place of W: W itself, W − W₀, W₀, G, or the motion W_T − W_t of the window.
+Basis = Literal["weight", "change", "initial", "gradient", "motion"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Relation:
         symbol: How the relation is written in tables.
         equation: The prediction in the paper's symbols.
         source: Place in the FACT paper, arXiv:2507.05644, or what takes its argument further.
-        init_centered: Whether W − W₀ takes the place of W, on both sides.
+        basis: What takes the place of W, on both sides.
     """
 
     name: str
@@ -59,7 +65,23 @@ class Relation:
     symbol: str
     equation: str
     source: str
-    init_centered: bool = False
+    basis: Basis = "weight"
+
+    @property
+    def sums(self) -> frozenset[Sum]:
+        """Every streaming sum that it is computed from."""
+        of_basis: dict[Basis, Sum] = {"gradient": "gradient"}
+        return frozenset({self.needs, of_basis.get(self.basis, self.needs)})
+
+    @property
+    def needs_initial_weights(self) -> bool:
+        """Whether it is computed from W₀."""
+        return self.basis in ("change", "initial")
+
+    @property
+    def needs_initial_network(self) -> bool:
+        """Whether it is computed from what the whole network was before training."""
+        return self.needs == "jacobian_change"
 
     def label(self, power: float | None) -> str:
         """Short label for tables and charts, e.g. ``nfa^0.5``."""
@@ -93,12 +115,22 @@ RELATIONS: Mapping[str, Relation] = _table(
     Relation("benfa", "backward", "loss", False, True, "beNFA",
              "WWᵀ ∝ beNFAˢ, beNFA = (1/n) Σ (∇_{Wh} ℓ_i)(∇_{Wh} ℓ_i)ᵀ = E", "App. B"),
     Relation("init_centered_nfa", "forward", "jacobian", False, True, "C-NFA",
-             "W_cᵀW_c ∝ (W_cᵀKW_c)ˢ, W_c = W − W₀",
-             'Beaglehole, Mitliagkas and Agarwala, "Gradient descent induces alignment between '
-             'weights and the pre-activation tangents", §2', init_centered=True),
+             "W_cᵀW_c ∝ (W_cᵀKW_c)ˢ, W_c = W − W₀", "C-NFA paper, §2.3", basis="change"),
     Relation("init_centered_enfa", "forward", "loss", False, True, "C-eNFA",
              "W_cᵀW_c ∝ (W_cᵀEW_c)ˢ, W_c = W − W₀",
-             "C-NFA with the loss's gradients for the output's", init_centered=True),
+             "C-NFA with the loss's gradients for the output's", basis="change"),
+    Relation("double_centered_nfa", "forward", "jacobian_change", False, True, "double-centred NFA",
+             "W_cᵀW_c ∝ (W_cᵀK̄W_c)ˢ, K̄ = (1/n) Σ (J − J⁰)ᵀ(J − J⁰)", "C-NFA paper, Ansatz 5",
+             basis="change"),
+    Relation("ptk_centered_nfa", "forward", "jacobian_change", False, True, "PTK-centred NFA",
+             "W₀ᵀW₀ ∝ (W₀ᵀK̄W₀)ˢ, K̄ = (1/n) Σ (J − J⁰)ᵀ(J − J⁰)", "C-NFA paper, Ansatz 6",
+             basis="initial"),
+    Relation("alignment_speed", "forward", "jacobian", False, True, "alignment speed",
+             "GᵀG ∝ (GᵀKG)ˢ: to second order in time what W_cᵀW_c and W_cᵀKW_c grow by",
+             "C-NFA paper, Prop. 3 and Eq. 3", basis="gradient"),
+    Relation("update_alignment_speed", "forward", "jacobian", False, True,
+             "alignment speed of the updates", "ΔWᵀΔW ∝ (ΔWᵀKΔW)ˢ, ΔW the window's motion",
+             "C-NFA paper, Prop. 3, with the optimizer's motion for −G", basis="motion"),
 )  # fmt: skip
 
 #: The measured side of each comparison by name, with a relation of that side.
@@ -106,6 +138,7 @@ GRAM_MATRICES: Mapping[str, Relation] = {
     "nfm": RELATIONS["fact"],
     "bnfm": RELATIONS["bfact"],
     "init_centered_nfm": RELATIONS["init_centered_nfa"],
+    "initial_nfm": RELATIONS["ptk_centered_nfa"],
 }
 
 
@@ -156,8 +189,10 @@ class LayerStatistics:
         tolerance: Relative eigenvalue clamp τ = 10·eps of the sums' dtype.
         missing: Why a sum is None, by the sum's name.
         update: U, the mean update of the window under decoupled decay, or None.
-        change: W − W₀ since initialisation, ``[groups, d_out, d_in]``, or None.
-        no_change: Why it is None.
+        jacobian_change: K̄, mean over examples and sum over positions, or None.
+        bases: What else may take the place of W, where it was asked for and is known: W − W₀, W₀
+            and the window's motion, each ``[groups, d_out, d_in]``.
+        no_basis: Why one of them is not there.
     """
 
     weight: Tensor
@@ -168,20 +203,32 @@ class LayerStatistics:
     tolerance: float
     missing: Mapping[Sum, str] = field(default_factory=dict)
     update: Tensor | None = None
-    change: Tensor | None = None
-    no_change: str = "W₀ was not asked for"
+    jacobian_change: Tensor | None = None
+    bases: Mapping[Basis, Tensor] = field(default_factory=dict)
+    no_basis: Mapping[Basis, str] = field(default_factory=dict)
 
-    def basis(self, init_centered: bool) -> LayerStatistics:
-        """These numbers, with W − W₀ in place of W for the relations that are centred so.
+    def in_place_of_weight(self, basis: Basis) -> Tensor | None:
+        """What takes the place of W, or None."""
+        if basis == "weight":
+            return self.weight
+        return self.gradient if basis == "gradient" else self.bases.get(basis)
+
+    def why_no(self, basis: Basis) -> str:
+        """Why there is nothing to take the place of W."""
+        if basis == "gradient":
+            return self.missing.get("gradient", "not measured")
+        return self.no_basis.get(basis, "not asked for")
+
+    def based_on(self, basis: Basis) -> LayerStatistics:
+        """These numbers, with another matrix in the place of W.
 
         Raises:
-            ValueError: if W₀ is not known.
+            ValueError: if it is not known.
         """
-        if not init_centered:
-            return self
-        if self.change is None:
-            raise ValueError(self.no_change)
-        return replace(self, weight=self.change)
+        matrix = self.in_place_of_weight(basis)
+        if matrix is None:
+            raise ValueError(self.why_no(basis))
+        return self if basis == "weight" else replace(self, weight=matrix)
 
     def sum(self, needs: Sum) -> Tensor | None:
         """One of the sums by name, or None."""
@@ -190,6 +237,7 @@ class LayerStatistics:
             "update": self.update,
             "jacobian": self.jacobian,
             "loss": self.loss,
+            "jacobian_change": self.jacobian_change,
         }[needs]
 
 

@@ -17,6 +17,7 @@ from training_jobs import Run
 
 UNEVEN = (3, 5, 2, 4)
 CENTERED = ("fact", "nfa", "enfa", "init_centered_nfa", "init_centered_enfa")
+WHOLE = (*CENTERED, "double_centered_nfa", "ptk_centered_nfa", "alignment_speed")
 RUNS = {
     "default": Run(),
     "uneven": Run(sizes=UNEVEN),
@@ -38,7 +39,7 @@ RUNS = {
     "fsdp root computed": Run(wrapper="fsdp root", model="computed"),
     "fsdp without sync": Run(wrapper="fsdp", micro=3, sizes=UNEVEN),
     "fsdp root without sync": Run(wrapper="fsdp root", micro=2),
-    "init-centred": Run(relations=CENTERED, sizes=UNEVEN),
+    "init-centred": Run(relations=WHOLE, sizes=UNEVEN),
     "fsdp init-centred": Run(wrapper="fsdp", relations=CENTERED),
 }
 
@@ -68,8 +69,12 @@ def test_several_processes_report_what_one_does(
         for report in result["reports"]:
             assert_measured(report)
             assert report["settings"].pop("processes") == len(results)
+            moved = report["step"] > 0
             centred = [r for r in report["records"] if r["relation"].startswith("init_centered")]
-            assert all(math.isfinite(r["cosine"]) == (report["step"] > 0) for r in centred)
+            assert all(math.isfinite(r["cosine"]) == moved for r in centred)
+            # J is the identity in the last layer, then and now
+            whole = [r for r in report["records"] if r["relation"] == "double_centered_nfa"]
+            assert any(math.isfinite(r["cosine"]) for r in whole) == (moved and bool(whole))
         assert_same_reports(
             result["reports"], reference["reports"], sharded=run.wrapper.startswith("fsdp")
         )
