@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from feature_probe.reports.record import Record
 from feature_probe.reports.report import Report
 from feature_probe.sinks.verdicts import can_rest, diagnoses_by_layer, goal, speaking
-from feature_probe.sinks.wording import SCORE_NAMES, gram_name, layer_name
+from feature_probe.sinks.wording import SCORE_NAMES, basis_meaning, gram_name, layer_name
 from feature_probe.theory.relations import RELATIONS
 
 ROOT = "feature_probe"
@@ -242,12 +242,13 @@ def _band_tags(quantity: str, label: str, has_card: bool) -> tuple[str, str, str
 def _account_charts(labels: Sequence[str], score: str) -> dict[str, Chart]:
     """One chart per matrix of the weight that has several accounts to compare."""
     charts: dict[str, Chart] = {}
-    grams = {label: gram_name(RELATIONS[label.partition("^")[0]]) for label in labels}
-    for gram in dict.fromkeys(grams[label] for label in sorted(labels, key=_side)):
+    relations = {label: RELATIONS[label.partition("^")[0]] for label in labels}
+    grams = {label: gram_name(relation) for label, relation in relations.items()}
+    for first in sorted(labels, key=_side):
+        gram, meaning = grams[first], basis_meaning(relations[first])
         chosen = [label for label in labels if grams[label] == gram]
         if len(chosen) > 1:
             tags = [median_tag(score, label) for label in chosen]
-            meaning = ", Wc = W - W0" if gram.startswith("Wc") else ""
             charts[f"accounts of {gram}{meaning}"] = _multiline(tags)
     return charts
 

@@ -48,6 +48,17 @@ def gram_name(relation: Relation) -> str:
     return f"{name}^T {name}" if relation.side == "forward" else f"{name} {name}^T"
 
 
+def basis_meaning(relation: Relation) -> str:
+    """What stands in the place of W, where that is not W, to follow the name of the matrix."""
+    return {
+        "weight": "",
+        "change": ", Wc = W - W0",
+        "initial": ", W0 = W before training",
+        "gradient": ", G = dL/dW",
+        "motion": ", dW = motion of the window",
+    }[relation.basis]
+
+
 def question(record: Record) -> str:
     """What the record's number answers, e.g. "nfa^0.5: do W^T W and AGOP^0.5 agree?"."""
     relation = RELATIONS[record.relation]
