@@ -143,3 +143,32 @@ def test_steps_that_do_not_report_do_not_synchronise() -> None:
             optimizer.step()
     assert probe.report is not None
     assert probe.report.settings["window"] == 6
+
+
+def test_an_initial_network_in_main_memory_visits_the_device() -> None:
+    """K̄ is the same as with one that stays there, and nothing of it stays between the passes."""
+    found = []
+    for store in ("device", "cpu"):
+        torch.manual_seed(0)
+        model = small_net().cuda()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        x, y = (part.cuda() for part in data(32))
+        torch.manual_seed(3)
+        probe = FeatureProbe(
+            model, optimizer=optimizer, every=1, window=1, relations="double_centered_nfa",
+            initial_store=store, keep_matrices=True, strict=True,
+        )  # fmt: skip
+        with probe:
+            for _ in range(3):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+        network = probe._initial_network
+        assert network is not None
+        home = "cuda" if store == "device" else "cpu"
+        assert {p.device.type for p in network.module.parameters()} == {home}
+        assert probe.report is not None
+        found.append(probe.report.statistics["0"].jacobian_change)
+    assert found[0] is not None
+    assert found[1] is not None
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-8)

@@ -119,12 +119,14 @@ class InitialPass:
         output: What it returned.
         aside: To be entered around products through its graph.
         problem: Why there is nothing, "" if there is.
+        done: To be called when no more products are wanted.
     """
 
     calls: Mapping[tuple[str, int], tuple[Call, GradientEdge]] = field(default_factory=dict)
     output: Any = None
     aside: Callable[[], AbstractContextManager[Any]] = nullcontext
     problem: str = ""
+    done: Callable[[], None] = lambda: None
 
     @classmethod
     def of(
@@ -133,12 +135,13 @@ class InitialPass:
         names: Sequence[str],
         output: Any,
         aside: Callable[[], AbstractContextManager[Any]],
+        done: Callable[[], None],
     ) -> InitialPass:
         """What was recorded of it; ``names`` of its layers by index."""
         keys = in_order([names[call.index] for call in forward.calls])
         calls = dict(zip(keys, zip(forward.calls, forward.edges, strict=True), strict=True))
         forward.release()
-        return cls(calls, output, aside)
+        return cls(calls, output, aside, done=done)
 
 
 def in_order(names: Sequence[str]) -> list[tuple[str, int]]:
@@ -178,4 +181,6 @@ class ForwardPass:
 
     def release(self) -> None:
         """Let go of the graph."""
+        if self.initial is not None:
+            self.initial.done()
         self.calls, self.edges, self.initial = [], [], None

@@ -145,7 +145,12 @@ class InitialNetwork:
         if forward is None:
             return InitialPass(problem="the initial network's pass could not be recorded")
         names = [target.name for target in discovery.targets]
-        return InitialPass.of(forward, names, output, aside)
+        return InitialPass.of(forward, names, output, aside, self._put_back)
+
+    def _put_back(self) -> None:
+        """To where it is kept between passes; the graph of one holds what it needs."""
+        if self._store == "cpu":
+            self.module.to("cpu")
 
     def _keep(self, module: nn.Module) -> None:
         for parameter in module.parameters():
