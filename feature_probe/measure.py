@@ -29,6 +29,7 @@ from feature_probe.reports.decay import WeightDecay
 from feature_probe.reports.doctor import Doctor
 from feature_probe.reports.intervals import Parts, check_batches
 from feature_probe.reports.report import Report
+from feature_probe.reports.structuring import Structure, parse_structure
 from feature_probe.sums.initial import Given, InitialWeights
 from feature_probe.sums.jacobian import JacobianSettings
 from feature_probe.sums.ledger import Positions, Reduction
@@ -66,6 +67,7 @@ def measure(
     population: int | None = None,
     initial: Report | None = None,
     initial_weights: Given = None,
+    structure: bool | Structure = False,
     process_group: GroupChoice = "auto",
 ) -> Report:
     """Measure the relations at the model's weights as they stand, over a whole data set.
@@ -116,6 +118,8 @@ def measure(
             will not do: they differ among themselves by more than chance.
         initial_weights: W₀ for the init-centred relations: a state dict, a file of one, or the
             model as it was.
+        structure: True or a :class:`feature_probe.Structure`, as in
+            :class:`feature_probe.FeatureProbe`.
         process_group: The processes that measure one data set together, each with a part of it as
             its ``loader``; as in :class:`feature_probe.FeatureProbe`. All get the same report. The
             parts may be uneven; with ``fully_shard``, all must have the same number of batches.
@@ -147,6 +151,7 @@ def measure(
     assembler = Assembler(
         model, discovery, observer, decay, asked, parse_powers(powers), Doctor(decay), scale,
         initial_weights=_initial_weights(model, asked, initial_weights),
+        structuring=parse_structure(structure, targets),
     )  # fmt: skip
     compared: dict[str, Any] = {
         "jacobian": jacobian,

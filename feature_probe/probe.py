@@ -25,6 +25,7 @@ from feature_probe.reports.assembly import Assembler
 from feature_probe.reports.decay import WeightDecay
 from feature_probe.reports.doctor import Doctor
 from feature_probe.reports.report import Report
+from feature_probe.reports.structuring import Structure, parse_structure
 from feature_probe.reports.verification import Verification
 from feature_probe.schedules import Schedule, parse_schedule
 from feature_probe.selftest import SelfTest
@@ -106,6 +107,10 @@ class FeatureProbe:
         initial_weights: W₀ for the init-centred relations: a state dict, a file of one, or the
             model as it was. None: the weights as they stand at the first :meth:`attach`.
         initial_store: Where W₀ is kept: "device", "cpu", or "half" (float16 in main memory).
+        structure: True or a :class:`feature_probe.Structure`: ``report.structure(layer)`` then
+            holds the agreement as a function of the power, spectra and effective ranks, how far
+            successive layers are from balanced, and the agreement with given matrices. It costs
+            one to two more scorings a report, and nothing in a step.
         keep_matrices: Keep a copy of W and the sums with every report, so that ``report.matrix``
             and matrix pictures work, at about the memory that :meth:`estimate` names.
         max_dim: Layers with more output rows per group get no K and E (FACT and bFACT only).
@@ -154,6 +159,7 @@ class FeatureProbe:
         sinks: Iterable[Sink] = (),
         initial_weights: Given = None,
         initial_store: Store = "device",
+        structure: bool | Structure = False,
         keep_matrices: bool = False,
         max_dim: int = 8192,
         max_outputs: int = 1024,
@@ -223,6 +229,7 @@ class FeatureProbe:
             Doctor(self._decay, self._collector.trajectory, self._clock),
             on_fault=self._on_fault,
             initial_weights=self._initial_weights,
+            structuring=parse_structure(structure, discovery.targets),
         )
         self._discovery = discovery
         self._initial: dict[tuple[str, str], float] = {}

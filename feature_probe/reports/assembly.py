@@ -28,6 +28,7 @@ from feature_probe.reports.scoring import (
     log_fault,
     score_layer,
 )
+from feature_probe.reports.structuring import Structuring
 from feature_probe.sums.initial import InitialWeights
 from feature_probe.sums.moments import sum_dtype
 from feature_probe.sums.observer import Observer
@@ -61,6 +62,7 @@ class Assembler:
         on_fault: Called with what failed and where; may raise it. The report is made without it.
         doctor: Who judges the layers.
         initial_weights: W₀, where a relation asks for it.
+        structuring: Finds the structural quantities, where they are asked for.
     """
 
     model: nn.Module
@@ -73,6 +75,7 @@ class Assembler:
     gradient_scale: float = 1.0
     on_fault: OnFault = log_fault
     initial_weights: InitialWeights | None = None
+    structuring: Structuring | None = None
 
     @property
     def targets(self) -> Sequence[Target]:
@@ -137,6 +140,13 @@ class Assembler:
             diagnoses.append(diagnosis)
             statistics_by_layer[target.name] = statistics
         coverage = self._coverage(list(statistics_by_layer.values()))
+        structures = (
+            ()
+            if self.structuring is None
+            else self.structuring.layers(
+                statistics_by_layer, records, depths or {}, coverage, self.on_fault
+            )
+        )
         return Report(
             step,
             records,
@@ -144,6 +154,7 @@ class Assembler:
             settings,
             diagnoses,
             statistics=statistics_by_layer if keep else {},
+            structures=structures,
         )
 
     def _statistics(
