@@ -75,7 +75,11 @@ class Structure:
             )
         if not self.references and self.rank is not None:
             raise ConfigurationError("rank is that of references, and there are none")
-        ranks = self.rank if isinstance(self.rank, Mapping) else {"": self.rank or 1}
+        ranks = (
+            self.rank
+            if isinstance(self.rank, Mapping)
+            else {"": 1 if self.rank is None else self.rank}
+        )
         for layer, rank in {**ranks, **(self.depths or {})}.items():
             positive_integer(f"the rank or depth of {layer!r}" if layer else "rank", rank)
         depths = list((self.depths or {}).values())

@@ -88,8 +88,8 @@ def _sweep_picture(name: str, curves: dict[str, dict[float, float]]) -> Pixels:
     return render_heatmap(
         np.array([[curve[power] for power in powers] for curve in curves.values()]),
         layers=list(curves),
-        steps=[f"{power:.3g}" for power in powers],
+        steps=[f"{power:.2g}" for power in powers],
         title=f"{name}: at which power s do {gram} and {prediction}^s agree?",
         subtitle="cosine: 1 = same up to a factor, 0 = unrelated",
-        across="power s",
+        across="power s     ",  # spaces: the first number below the map is wider than a step
     )
