@@ -32,7 +32,7 @@ from feature_probe.reports.structure import (
     PowerSweep,
     ReferenceAgreement,
 )
-from feature_probe.reports.structuring import Structure
+from feature_probe.reports.structure_settings import Structure
 from feature_probe.reports.verification import Check, Verification
 from feature_probe.theory.egop import egop
 from feature_probe.theory.relations import RELATIONS, Relation

@@ -29,7 +29,8 @@ from feature_probe.reports.decay import WeightDecay
 from feature_probe.reports.doctor import Doctor
 from feature_probe.reports.intervals import Parts, check_batches
 from feature_probe.reports.report import Report
-from feature_probe.reports.structuring import Structure, parse_structure
+from feature_probe.reports.structure_settings import Structure
+from feature_probe.reports.structuring import Structuring
 from feature_probe.sums.initial import Given, InitialWeights
 from feature_probe.sums.jacobian import JacobianSettings
 from feature_probe.sums.ledger import Positions, Reduction
@@ -151,7 +152,7 @@ def measure(
     assembler = Assembler(
         model, discovery, observer, decay, asked, parse_powers(powers), Doctor(decay), scale,
         initial_weights=_initial_weights(model, asked, initial_weights),
-        structuring=parse_structure(structure, targets),
+        structuring=Structuring.of(structure, targets),
     )  # fmt: skip
     compared: dict[str, Any] = {
         "jacobian": jacobian,

@@ -25,7 +25,8 @@ from feature_probe.reports.assembly import Assembler
 from feature_probe.reports.decay import WeightDecay
 from feature_probe.reports.doctor import Doctor
 from feature_probe.reports.report import Report
-from feature_probe.reports.structuring import Structure, parse_structure
+from feature_probe.reports.structure_settings import Structure
+from feature_probe.reports.structuring import Structuring
 from feature_probe.reports.verification import Verification
 from feature_probe.schedules import Schedule, parse_schedule
 from feature_probe.selftest import SelfTest
@@ -230,7 +231,7 @@ class FeatureProbe:
             Doctor(self._decay, self._collector.trajectory, self._clock),
             on_fault=self._on_fault,
             initial_weights=self._initial_weights,
-            structuring=parse_structure(structure, discovery.targets),
+            structuring=Structuring.of(structure, discovery.targets),
         )
         self._discovery = discovery
         self._initial: dict[tuple[str, str], float] = {}

@@ -128,6 +128,25 @@ def test_sweep_is_the_cosine_at_every_power(name: str) -> None:
             assert record.cosine == pytest.approx(sweep.cosines[POWERS.index(0.5)], abs=1e-12)
 
 
+def test_sweep_of_the_init_centred_nfa() -> None:
+    """W − W₀ takes the place of W, on both sides; before the first step there is nothing."""
+    model, before = mlp(), mlp()
+    with torch.no_grad():
+        model[2].weight.add_(torch.randn(5, 8, dtype=torch.float64))  # type: ignore[operator, union-attr]
+    names = ("nfa", "init_centered_nfa")
+    structure = Structure(powers=POWERS)
+    report = measured(model, structure, relations=names, initial_weights=before)
+    k = truth(model)["2"]["bnfa"]
+    change = (model[2].weight - before[2].weight).detach().numpy()  # type: ignore[operator, union-attr]
+    agop = change.T @ k @ change
+    sweep = report.structure("2").sweep("init_centered_nfa")
+    expected = [cosine(change.T @ change, powered(agop, s)) for s in POWERS]
+    np.testing.assert_allclose(sweep.cosines, expected, rtol=1e-7)
+    unmoved = report.structure("0").sweep("init_centered_nfa")
+    assert unmoved.status == "W = W₀: the weight has not changed since initialisation"
+    assert all(math.isnan(value) for value in unmoved.cosines)
+
+
 def test_best_power_is_the_top_of_a_fine_sweep() -> None:
     """No s of a fine grid is better than best_power, and the nearest one is almost as good."""
     powers = tuple(np.exp(np.linspace(math.log(0.02), math.log(4), 400)))
@@ -270,6 +289,12 @@ def test_where_there_is_no_balance_the_note_says_why() -> None:
     partial = measured(mlp(), given, include=["0", "4"]).structure("0")
     sweep = partial.sweep("nfa")
     assert (partial.depth, partial.next_layer) == (3, "")
+    assert partial.balance_note == "the next layer is not among depths="
+    rest = measured(mlp(), Structure(depths={"0": 2, "2": 1})).structure
+    assert rest("0").imbalance == measured(mlp()).structure("0").imbalance
+    assert (rest("2").balance_note, rest("4").balance_note) == (
+        "the last layer", "not among depths="
+    )  # fmt: skip
     assert sweep.depth_product == pytest.approx(3 * sweep.best_power)
 
 

@@ -50,7 +50,8 @@ class MatrixSpectrum:
     Attributes:
         matrix: "nfm" (WᵀW), "agop" (WᵀKW) or "ptk" (K).
         size: d, the side of the whole matrix: d_in·groups, or d_out·groups for K.
-        decay: The largest eigenvalues in units of the largest.
+        decay: The largest eigenvalues in units of the largest. Of AGOP and K those count as 0
+            that the clamp of relations drops: below 10 eps of the sums.
         effective_rank: exp of the entropy of λ/Σλ (Roy and Vetterli).
         participation_ratio: (tr X)²/tr X².
         stable_rank: tr X/λ_1.
