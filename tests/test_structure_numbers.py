@@ -243,6 +243,20 @@ def test_imbalance_is_free_of_scale(scale: float) -> None:
     assert imbalance(one, 1e-200 * other).relative == pytest.approx(1.0)
 
 
+def test_imbalance_of_two_scales() -> None:
+    """Weights on both sides of the size from which on they are scaled first."""
+    torch.manual_seed(6)
+    one, other = torch.randn(2, 4, 4, dtype=torch.float64)
+    for a, b in ((2.0**-66, 2.0**-62), (2.0**-62, 2.0**-66), (2.0**66, 2.0**63)):
+        for first, second in ((a * one, b * other), (b * one, a * other)):
+            output, inputs = first @ first.T, second.T @ second
+            gap = (output - inputs).norm()
+            found = imbalance(first, second)
+            assert found.norm == pytest.approx(float(gap), rel=1e-12)
+            size = (output.square().sum() + inputs.square().sum()).sqrt()
+            assert found.relative == pytest.approx(float(gap / size), rel=1e-12)
+
+
 def test_gradient_descent_keeps_the_balance() -> None:
     """Lemma 3.1 (Arora): small steps leave imbalance near 0, and near its start where it is not."""
     for factor, bound in ((1.0, 1e-4), (1.5, None)):
