@@ -26,8 +26,17 @@ from feature_probe.reports.coverage import Coverage, ParameterCoverage
 from feature_probe.reports.diagnosis import Diagnosis
 from feature_probe.reports.record import Record
 from feature_probe.reports.report import Report
+from feature_probe.reports.structure import (
+    LayerStructure,
+    MatrixSpectrum,
+    PowerSweep,
+    ReferenceAgreement,
+)
+from feature_probe.reports.structure_settings import Structure
 from feature_probe.reports.verification import Check, Verification
+from feature_probe.theory.egop import egop
 from feature_probe.theory.relations import RELATIONS, Relation
+from feature_probe.theory.subspaces import principal_angles, subspace_overlap
 
 __version__ = "0.1.0"
 
@@ -44,16 +53,24 @@ __all__ = [
     "FeatureProbe",
     "FeatureProbeError",
     "LayerRule",
+    "LayerStructure",
     "LinearRule",
+    "MatrixSpectrum",
     "NotMeasuredError",
     "ParameterCoverage",
+    "PowerSweep",
     "Record",
+    "ReferenceAgreement",
     "Relation",
     "Report",
+    "Structure",
     "TransposedLinearRule",
     "Verification",
     "VerificationError",
+    "egop",
     "measure",
+    "principal_angles",
     "register_layer_rule",
+    "subspace_overlap",
     "unregister_layer_rule",
 ]

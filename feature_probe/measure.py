@@ -30,6 +30,8 @@ from feature_probe.reports.decay import WeightDecay
 from feature_probe.reports.doctor import Doctor
 from feature_probe.reports.intervals import Parts, check_batches
 from feature_probe.reports.report import Report
+from feature_probe.reports.structure_settings import Structure
+from feature_probe.reports.structuring import Structuring
 from feature_probe.sums.initial import Given, InitialWeights
 from feature_probe.sums.initial_network import InitialNetwork
 from feature_probe.sums.jacobian import JacobianSettings
@@ -71,6 +73,7 @@ def measure(
     population: int | None = None,
     initial: Report | None = None,
     initial_weights: Given = None,
+    structure: bool | Structure = False,
     process_group: GroupChoice = "auto",
 ) -> Report:
     """Measure the relations at the model's weights as they stand, over a whole data set.
@@ -122,6 +125,8 @@ def measure(
         initial_weights: W₀ for the centred relations: a state dict, a file of one, or the model as
             it was. "double_centered_nfa" and "ptk_centered_nfa" need all parameters and buffers,
             and a model that can be copied: the copy is run on every batch too.
+        structure: True or a :class:`feature_probe.Structure`, as in
+            :class:`feature_probe.FeatureProbe`.
         process_group: The processes that measure one data set together, each with a part of it as
             its ``loader``; as in :class:`feature_probe.FeatureProbe`. All get the same report. The
             parts may be uneven; with ``fully_shard``, all must have the same number of batches.
@@ -153,6 +158,7 @@ def measure(
     assembler = Assembler(
         model, discovery, observer, decay, asked, parse_powers(powers), Doctor(decay), scale,
         initial_weights=_initial_weights(model, asked, initial_weights),
+        structuring=Structuring.of(structure, targets),
     )  # fmt: skip
     network = None
     if any(relation.needs_initial_network for relation in asked):

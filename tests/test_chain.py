@@ -145,3 +145,14 @@ def test_a_later_pass_takes_it_back() -> None:
             assert probe.report is not None
             found.append(depth_powers(probe.report))
     assert found == [{"body": 0.5, "head": 1.0}, {}, {}]
+
+
+def test_a_chain_with_a_layer_left_out_claims_no_depth() -> None:
+    """How many layers lie between is not known then: none is claimed, rather than a wrong one."""
+    x, y = torch.randn(20, 5), torch.randn(20, 3)
+    for left in (["0"], ["0", "5"]):
+        report = measure(
+            mlp(), [(x, y)], F.mse_loss, relations="nfa", powers=0.5, include=left, progress=False
+        )
+        assert [record.layer for record in report.records] == left
+        assert all(math.isnan(record.depth_power) for record in report.records)

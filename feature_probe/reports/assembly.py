@@ -28,6 +28,7 @@ from feature_probe.reports.scoring import (
     log_fault,
     score_layer,
 )
+from feature_probe.reports.structuring import Structuring
 from feature_probe.sums.initial import InitialWeights
 from feature_probe.sums.moments import sum_dtype
 from feature_probe.sums.observer import Observer
@@ -61,6 +62,7 @@ class Assembler:
         on_fault: Called with what failed and where; may raise it. The report is made without it.
         doctor: Who judges the layers.
         initial_weights: W₀, where a relation asks for it.
+        structuring: Finds the structural quantities, where they are asked for.
     """
 
     model: nn.Module
@@ -73,6 +75,7 @@ class Assembler:
     gradient_scale: float = 1.0
     on_fault: OnFault = log_fault
     initial_weights: InitialWeights | None = None
+    structuring: Structuring | None = None
 
     @property
     def targets(self) -> Sequence[Target]:
@@ -104,11 +107,13 @@ class Assembler:
             parts: The window in groups, for intervals; None: there are none.
         """
         self.decay.refresh()
+        # a matrix that is not measured may lie between the layers
+        chain = {} if depths is None or self._unseen() else depths
         records: list[Record] = []
         diagnoses: list[Diagnosis] = []
         statistics_by_layer: dict[str, LayerStatistics] = {}
         for index, target in enumerate(self.targets):
-            facts = self._facts(index, window, step, (depths or {}).get(target.name))
+            facts = self._facts(index, window, step, chain.get(target.name))
             diagnosis = Diagnosis(target.name)
             try:
                 statistics = self._statistics(index, window, keep, weights or {})
@@ -137,6 +142,13 @@ class Assembler:
             diagnoses.append(diagnosis)
             statistics_by_layer[target.name] = statistics
         coverage = self._coverage(list(statistics_by_layer.values()))
+        structures = (
+            ()
+            if self.structuring is None
+            else self.structuring.layers(
+                statistics_by_layer, records, depths or {}, coverage, self.on_fault
+            )
+        )
         return Report(
             step,
             records,
@@ -144,6 +156,7 @@ class Assembler:
             settings,
             diagnoses,
             statistics=statistics_by_layer if keep else {},
+            structures=structures,
         )
 
     def _statistics(
@@ -287,6 +300,15 @@ class Assembler:
             rows=target.groups * target.d_out,
             sampling=self.observer.sampling_error(target.d_out, window.examples),
         )
+
+    def _unseen(self) -> list[str]:
+        """Matrix parameters of which nothing is measured."""
+        measured = {id(p) for target in self.targets for p in weight_parameters(target)}
+        return [
+            plain_name(name)
+            for name, p in self.model.named_parameters()
+            if p.dim() > 1 and id(p) not in measured and not self._is_vector(p)
+        ]
 
     def _coverage(self, statistics: Sequence[LayerStatistics]) -> Coverage:
         measured_by: dict[int, list[int]] = {}

@@ -24,6 +24,7 @@ from feature_probe.reports.phrases import (
     verdict_legend,
 )
 from feature_probe.reports.record import FLOATS, Record
+from feature_probe.reports.structure import LayerStructure
 from feature_probe.theory.matrices import LayerMatrices
 from feature_probe.theory.relations import GRAM_MATRICES, RELATIONS, LayerStatistics
 
@@ -39,6 +40,7 @@ class Report:
         settings: How it was measured (source, jacobian, positions, window, loss reduction).
         diagnoses: One :class:`Diagnosis` per layer, in the same order.
         statistics: W and the normalised sums by layer, where they were kept, for :meth:`matrix`.
+        structures: One :class:`LayerStructure` per layer, where they were asked for.
     """
 
     step: int
@@ -47,6 +49,7 @@ class Report:
     settings: Mapping[str, Any] = field(default_factory=dict)
     diagnoses: Sequence[Diagnosis] = ()
     statistics: Mapping[str, LayerStatistics] = field(default_factory=dict, repr=False)
+    structures: Sequence[LayerStructure] = field(default=(), repr=False)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -101,6 +104,19 @@ class Report:
             if diagnosis.layer == layer:
                 return diagnosis
         raise NotMeasuredError(f"no diagnosis of {layer!r}; layers: {', '.join(self.layers)}")
+
+    def structure(self, layer: str) -> LayerStructure:
+        """A layer's power sweeps, spectra, imbalance and agreement with references.
+
+        Raises:
+            NotMeasuredError: if the report has none of it: it is there with ``structure=True``.
+        """
+        for structure in self.structures:
+            if structure.layer == layer:
+                return structure
+        known = ", ".join(found.layer for found in self.structures)
+        asked = f"layers: {known}" if known else "ask for it with structure=True"
+        raise NotMeasuredError(f"no structure of {layer!r}; {asked}")
 
     def matrix(self, layer: str, kind: str, power: float | None = None) -> Tensor:
         """A layer's matrix in full, float64: memory quadratic in its side.
@@ -202,12 +218,14 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, JSON-ready (NaN as None); the matrices are not part of it."""
+        structures = [structure.to_dict() for structure in self.structures]
         return {
             "step": self.step,
             "settings": dict(self.settings),
             "coverage": self.coverage.to_dict(),
             "layers": [diagnosis.to_dict() for diagnosis in self.diagnoses],
             "records": [record.to_dict() for record in self.records],
+            **({"structures": structures} if structures else {}),
         }
 
     @classmethod
@@ -219,6 +237,7 @@ class Report:
             coverage=Coverage.from_dict(data["coverage"]),
             settings=dict(data["settings"]),
             diagnoses=[Diagnosis.from_dict(layer) for layer in data.get("layers", ())],
+            structures=[LayerStructure.from_dict(found) for found in data.get("structures", ())],
         )
 
     def _kept(self, layer: str) -> LayerStatistics:

@@ -30,24 +30,26 @@ def render_heatmap(
     values: NDArray[np.float64],
     *,
     layers: Sequence[str],
-    steps: Sequence[int],
+    steps: Sequence[int | str],
     title: str,
     subtitle: str = "",
     chance: NDArray[np.float64] | None = None,
     grey: NDArray[np.bool_] | None = None,
     hatched: NDArray[np.bool_] | None = None,
+    across: str = "step",
 ) -> Pixels:
     """Draw layers × steps on the fixed colour scale [−1, 1]; what is not applicable is grey.
 
     Args:
         values: Scores ``[layers, steps]``, NaN where undefined.
         layers: Row names, drawn from top to bottom; where there is no room for all, every k-th.
-        steps: Step of each column; columns are equally wide.
+        steps: Step of each column, or what else it is of; columns are equally wide.
         title: First line, large.
         subtitle: Second line, small.
         chance: Level expected by chance ``[layers]``, drawn as a strip beside the map.
         grey: Which scores are not applicable ``[layers, steps]``: drawn like undefined ones.
         hatched: Which are trivial, likewise: hatched.
+        across: What the columns are.
 
     Returns:
         uint8 ``[height, WIDTH, 3]``; one pixel of height a layer beyond 364 layers.
@@ -63,7 +65,7 @@ def render_heatmap(
     canvas, (top, bottom) = _sheet(values.shape[0], len(legend), title, subtitle)
     bar = WIDTH - _MARGIN - _BAR_TEXT - _BAR
     right = bar - _GAP - (0 if chance is None else _STRIP + _GAP)
-    plot = _plot(canvas, (top, right, bottom), layers, steps)
+    plot = _plot(canvas, (top, right, bottom), layers, steps, across)
     canvas.numbers(values, plot)
     codes = np.where(hatched, 1, np.where(grey, 0, -1)).astype(np.int64)
     canvas.patterns(codes, [GREY, HATCHED], plot)
@@ -189,16 +191,20 @@ def _sheet(
 
 
 def _plot(
-    canvas: Canvas, edges: tuple[int, int, int], layers: Sequence[str], steps: Sequence[int]
+    canvas: Canvas,
+    edges: tuple[int, int, int],
+    layers: Sequence[str],
+    steps: Sequence[int | str],
+    across: str = "step",
 ) -> Box:
     """Name the rows and columns of a plot with these edges; its box, right of the names."""
     top, right, bottom = edges
-    # "step" stands left of the first tick
-    names = min(max(text_width(name) for name in (*layers, "step")), _LABEL_WIDTH)
+    # what the columns are stands left of the first tick
+    names = min(max(text_width(name) for name in (*layers, across)), _LABEL_WIDTH)
     plot = (_MARGIN + names + 16, top, right, bottom)
     canvas.left_ticks(plot, layers, names)
-    canvas.bottom_ticks(plot, [f"{step:,}" for step in steps])
-    canvas.text((_MARGIN, bottom + 12), "step")
+    canvas.bottom_ticks(plot, [s if isinstance(s, str) else f"{s:,}" for s in steps])
+    canvas.text((_MARGIN, bottom + 12), across)
     return plot
 
 

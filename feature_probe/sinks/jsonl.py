@@ -29,7 +29,9 @@ class JSONLSink:
     After the fields of :class:`~feature_probe.reports.record.Record` come those of the layer's
     :class:`~feature_probe.reports.diagnosis.Diagnosis`: its ``state`` and ``because`` as
     ``layer_state`` and ``layer_because``, the others under their names, but for λ, stationarity
-    and decay ratio, which the record has already.
+    and decay ratio, which the record has already. Where structural quantities were asked for, the
+    first record of each layer has them, too: an object ``structure``, the layer's
+    :class:`~feature_probe.reports.structure.LayerStructure`.
 
     Read it with ``pandas.read_json(path, lines=True, dtype={"layer": str})``: without the
     ``dtype`` pandas makes numbers of names like "0". Undefined numbers are null. The file is opened
@@ -64,9 +66,13 @@ class JSONLSink:
             OSError: if the disk does not take them.
         """
         layers = {found.layer: _columns(found) for found in report.diagnoses}
+        structures = {found.layer: {"structure": found.to_dict()} for found in report.structures}
         lines = [
             json.dumps(
-                record.to_dict() | layers.get(record.layer, {}), ensure_ascii=False, allow_nan=False
+                # a layer's structure is long: its first record has it, not each of them
+                record.to_dict() | layers.get(record.layer, {}) | structures.pop(record.layer, {}),
+                ensure_ascii=False,
+                allow_nan=False,
             )
             for record in report.records
         ]

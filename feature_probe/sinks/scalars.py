@@ -15,6 +15,7 @@ from feature_probe.errors import ConfigurationError
 from feature_probe.reports.record import SCORES
 from feature_probe.reports.report import Report
 from feature_probe.sinks.series import ROOT, band_scalars, layer_scalars
+from feature_probe.sinks.structure import structure_scalars
 
 #: How much of a report is logged: medians over layers, their bands, chance levels and shares of
 #: verdicts too, or also every layer's own scores.
@@ -43,7 +44,8 @@ class ScalarSink:
             log: Called once a report with a dictionary of floats and ``report.step``.
             detail: "medians" over layers, of scores and of how far training has come; "bands": also
                 the 10th and 90th percentiles, chance levels, the trace-free cosine and shares of
-                verdicts; "layers": also every layer.
+                verdicts, and every layer's structure, if the report has it; "layers": also every
+                layer's scores.
             score: "cosine", "pearson" or "trace_free_cosine".
 
         Raises:
@@ -76,6 +78,7 @@ def report_scalars(
     numbers = band_scalars(report, score)
     if detail == "medians":
         return {tag: value for tag, value in numbers.items() if tag.startswith(f"{ROOT}/")}
+    numbers |= structure_scalars(report)
     return numbers | layer_scalars(report, score) if detail == "layers" else numbers
 
 

@@ -33,6 +33,7 @@ from feature_probe.sinks.series import (
     layer_scalars,
     stationarity_by_layer,
 )
+from feature_probe.sinks.structure import structure_layout, structure_scalars, sweep_pictures
 from feature_probe.sinks.summary import summary_markdown
 from feature_probe.sinks.thinning import PARTS, Part, Thinning
 from feature_probe.sinks.verdicts import speaking
@@ -58,6 +59,10 @@ class TensorBoardSink:
     - Distributions, Histograms: ``feature_probe.distributions/<score>/<label>``, over layers.
     - Text: ``feature_probe/summary``, the last table, what its numbers mean, and its gaps.
 
+    Of a report with structural quantities (``structure=True``) also, by layer, scalars
+    ``feature_probe.structure.<quantity>/<layer>`` and pictures of cosines, layers × powers,
+    ``feature_probe.sweeps/<relation>``.
+
     A score that is undefined or, by its verdict, not applicable or trivial is left out of
     percentiles and histograms, and grey in pictures. An undefined one is a dash in the table, and
     never 0. Pictures and table are written at the first five reports, then whenever the
@@ -79,6 +84,7 @@ class TensorBoardSink:
         matrices: Iterable[str] | str = (),
         score: str = "cosine",
         layout: bool = True,
+        structure_charts: bool = False,
     ) -> None:
         """Open the event file, or take the user's writer.
 
@@ -95,6 +101,8 @@ class TensorBoardSink:
             layout: Whether to write the Custom Scalars page. A run has only one: False where the
                 user's writer has its own (:func:`feature_probe.sinks.series.custom_scalars_layout`
                 gives the charts to merge).
+            structure_charts: Whether that page also has charts of the structural quantities, a line
+                a layer.
 
         Raises:
             ConfigurationError: unless exactly one of ``log_dir`` and ``writer`` is given, for an
@@ -113,6 +121,7 @@ class TensorBoardSink:
         self._layer_scalars, self._score = layer_scalars, score
         self._patterns = (matrices,) if isinstance(matrices, str) else tuple(matrices)
         self._writes_layout = layout
+        self._charts_structure = structure_charts
         self._laid_out: tuple[str, ...] = ()
         self._histories: dict[str, StepHistory] = {}
         self._states = StepHistory()
@@ -212,7 +221,10 @@ class TensorBoardSink:
 
     def _write_parts(self, report: Report, parts: Iterable[Part]) -> None:
         if self._writes_layout and self._laid_out != report.labels:
-            self._writer.add_custom_scalars(custom_scalars_layout(report.labels, self._score))
+            charts = custom_scalars_layout(report.labels, self._score)
+            if self._charts_structure:
+                charts |= structure_layout(report)
+            self._writer.add_custom_scalars(charts)
             self._laid_out = report.labels
         write = {
             "scalars": self._write_scalars,
@@ -231,7 +243,7 @@ class TensorBoardSink:
         self._laid_out, self._has_failed = (), False
 
     def _write_scalars(self, report: Report) -> None:
-        scalars = band_scalars(report, self._score)
+        scalars = band_scalars(report, self._score) | structure_scalars(report)
         if self._layer_scalars:
             scalars |= layer_scalars(report, self._score)
         for tag, value in scalars.items():
@@ -268,8 +280,8 @@ class TensorBoardSink:
             pictures[f"verdict/{label}"] = verdict_picture(records, history)
         if report.diagnoses:
             pictures["state"] = state_picture(self._states)
-        for name, picture in pictures.items():
-            tag = f"{ROOT}.heatmaps/{name}"
+        tags = {f"{ROOT}.heatmaps/{name}": picture for name, picture in pictures.items()}
+        for tag, picture in (tags | sweep_pictures(report)).items():
             self._writer.add_image(tag, picture, report.step, dataformats="HWC")
         for layer in self._matrix_layers(report):
             matrices = matrix_picture(report, layer)

@@ -8,7 +8,7 @@ whose cosine with WᵀW is highest, and it is undefined where no power stands ou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,10 +125,25 @@ def power_cosine(values: Tensor, quotients: Tensor, norm: float, power: float) -
     Raises:
         ValueError: if ``values`` and ``quotients`` differ in shape, or ``power`` is not positive.
     """
-    if not 0 < power < math.inf:
-        raise ValueError(f"power must be positive and finite, got {power}")
+    return power_curve(values, quotients, norm, (power,))[0]
+
+
+def power_curve(
+    values: Tensor, quotients: Tensor, norm: float, powers: Sequence[float]
+) -> list[float]:
+    """C(s) of :func:`power_cosine` at every s of ``powers``, NaN everywhere if it is undefined.
+
+    Raises:
+        ValueError: if ``values`` and ``quotients`` differ in shape, or a power is not positive.
+    """
+    for power in powers:
+        if not 0 < power < math.inf:
+            raise ValueError(f"power must be positive and finite, got {power}")
     logs, shares, reason = _prepared(values, quotients, norm)
-    return _NAN if reason else max(-1.0, min(1.0, _cosine(logs, shares, power)))
+    if reason:
+        return [_NAN] * len(powers)
+    curve = _cosines(logs, shares, torch.tensor(list(powers), dtype=torch.float64))
+    return [float(cosine) for cosine in curve.clamp(-1.0, 1.0)]
 
 
 def _undefined(reason: str) -> FittedPower:

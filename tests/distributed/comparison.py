@@ -47,3 +47,19 @@ def assert_measured(report: dict[str, Any]) -> None:
     """Every layer has all of its sums, and they are not all zero."""
     assert report["share"] == 1.0
     assert all(total is not None and total.any() for total in report["sums"].values())
+
+
+def assert_close(one: Any, other: Any) -> None:
+    """Nested plain data agree, numbers up to rounding in sums that are added in another order."""
+    if isinstance(other, (list, tuple)):
+        assert len(one) == len(other)
+        for mine, theirs in zip(one, other, strict=True):
+            assert_close(mine, theirs)
+    elif isinstance(other, dict):
+        assert one.keys() == other.keys()
+        for name, theirs in other.items():
+            assert_close(one[name], theirs)
+    elif isinstance(other, float):
+        assert math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9), (one, other)
+    else:
+        assert one == other

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import training_jobs as jobs
-from comparison import assert_measured, assert_same_report, assert_same_reports
+from comparison import assert_close, assert_measured, assert_same_report, assert_same_reports
 from rank_pool import Pool
 from training_jobs import Run
 
@@ -78,6 +78,19 @@ def test_several_processes_report_what_one_does(
         assert_same_reports(
             result["reports"], reference["reports"], sharded=run.wrapper.startswith("fsdp")
         )
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_structure_is_that_of_one_process(ranks: Pool, wrapper: str) -> None:
+    """Spectra, sweeps and balance come from reduced sums and whole weights, on every rank alike."""
+    run = Run(wrapper=wrapper, model="convolutional", sizes=UNEVEN, structure=True)
+    results = ranks(jobs.train, run)
+    reference = jobs.accumulate(run, len(results))
+    expected = [report["structures"] for report in reference["reports"]]
+    assert [len(structures) for structures in expected] == [3, 3]
+    for result in results:
+        for report, structures in zip(result["reports"], expected, strict=True):
+            assert_close(report["structures"], structures)
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])

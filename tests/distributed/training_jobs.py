@@ -134,6 +134,7 @@ class Run:
             goes on from its saved state.
         blind_on: The rank that cannot form E of the first layer.
         broken_on: The rank on which the probe cannot read the second step.
+        structure: As the probe's.
     """
 
     model: str = "blocks"
@@ -156,6 +157,7 @@ class Run:
     resumed: bool = False
     blind_on: int | None = None
     broken_on: int | None = None
+    structure: bool = False
 
 
 def new_model(run: Run) -> nn.Module:
@@ -202,7 +204,7 @@ def new_probe(
     return FeatureProbe(
         model, optimizer=optimizer, every=run.every, window=2, strict=run.strict,
         log_dir=run.log_dir, jacobian=run.jacobian, relations=run.relations, powers=1.0,
-        keep_matrices=True, **more,
+        keep_matrices=True, structure=run.structure, **more,
     )  # type: ignore[arg-type]  # fmt: skip
 
 
@@ -333,6 +335,7 @@ def plain(report: Any) -> dict[str, Any]:
         "share": report.coverage.share(),
         "settings": dict(report.settings),
         "sums": sums,
+        "structures": [structure.to_dict() for structure in report.structures],
     }
 
 
