@@ -7,6 +7,7 @@ import gc
 import math
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from feature_probe import ConfigurationError, FeatureProbe, NotMeasuredError, Report, measure
+from feature_probe import (
+    ConfigurationError,
+    Diagnosis,
+    FeatureProbe,
+    NotMeasuredError,
+    Report,
+    measure,
+)
+from feature_probe.reports.verdicts import Standing, judged
 
 DOUBLY = ("double_centered_nfa", "ptk_centered_nfa")
 LAYERS = (0, 2, 4)
@@ -499,3 +508,20 @@ def test_nothing_is_left_of_the_copy() -> None:
     del probe
     gc.collect()
     assert held() is None
+
+
+@pytest.mark.parametrize("name", ["alignment_speed", "update_alignment_speed"])
+def test_a_speed_is_judged_by_chance_alone(name: str) -> None:
+    """It is asked for at initialisation: what it was there is nothing that it must exceed."""
+    record = replace(
+        measured(network(), network(), relations="alignment_speed").records[0],
+        relation=name, cosine=0.95, initial_cosine=0.94, shared_weight_cosine=0.3,
+        chance_spread=0.02, chance_arctanh_spread=0.02, n_examples=1000,
+    )  # fmt: skip
+    standing = Standing(Diagnosis("0"), None, 8)
+    assert judged(record, standing).verdict == "aligned"
+    unsure = judged(replace(record, chance_arctanh_spread=0.4), standing)
+    assert unsure.verdict == "cannot tell"
+    assert "rank 1" in unsure.because
+    # the weight itself is held to its start
+    assert judged(replace(record, relation="nfa"), standing).because.count("initialisation") == 1

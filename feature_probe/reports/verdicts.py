@@ -96,6 +96,9 @@ def _proportionality(record: Record, standing: Standing) -> tuple[str, str]:
     """NFA and its kin: is the score above what the same weight gets by chance?"""
     level, spread = record.level_by_chance, record.chance_spread
     initial, cosine = record.initial_cosine, record.cosine
+    moves = RELATIONS[record.relation].basis in ("gradient", "motion")
+    if moves:  # it is asked for at initialisation above all
+        initial = math.nan
     shared = standing.premise is not None and standing.premise.effect == "cannot tell"
     if standing.premise is not None and shared and math.isnan(initial):
         return "cannot tell", standing.premise.text
@@ -118,12 +121,14 @@ def _proportionality(record: Record, standing: Standing) -> tuple[str, str]:
     if _spreads(cosine, level, scale) <= -_BELOW and level - cosine >= GAIN * level:
         return "below chance", said
     if not shared and _is_above(cosine, level, scale, _CLEAR):
-        return "cannot tell", f"{said}: {_no_further(initial)}"
+        return "cannot tell", f"{said}: {_no_further(initial, moves)}"
     return "at chance", said
 
 
-def _no_further(initial: float) -> str:
+def _no_further(initial: float, moves: bool) -> str:
     """Why a score that is clearly above chance is not called aligned."""
+    if moves:
+        return "above it, but where K is nearly of rank 1 chance alone may reach as far"
     if math.isnan(initial):
         return "no further above it than networks without training can be"
     return "above chance, but hardly above what it was at initialisation"
