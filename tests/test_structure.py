@@ -58,6 +58,9 @@ PURE = (
     "theory.power",
     "theory.uncertainty",
     "theory.invariance",
+    "theory.early_alignment",
+    "theory.quadratic_network",
+    "theory.alignment_reversing",
     "sums.moments",
     "sums.window",
 )
