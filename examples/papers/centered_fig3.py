@@ -12,7 +12,8 @@ The data set's text leaves its scale and an inverse of zeros open, so that three
   rounding errors that an inverse in floating point would be made of.
 * "X₁ᵀX₁ ~ Σ": X₁/√n, so that X₁ᵀX₁ is about γΣ as the text takes it, and Σ = 11ᵀ/d + I/2.
 
-The default is 4 data sets a balance, as many as the paper shows; its mean is over 10.
+The default is 4 data sets a balance, as many as the paper shows, and 1 of the first two readings;
+the paper's mean is over 10.
 
     python examples/papers/centered_fig3.py --seeds 10
     python examples/papers/centered_fig3.py --fast
@@ -47,7 +48,7 @@ READINGS: dict[str, Callable[[int], dict[str, float]]] = {
     INVERTED: lambda size: {"floor": 1e-12},
     SIZED: lambda size: {"common": 1 / size, "scale": size**-0.5},
 }
-BALANCES = (0.01, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
+BALANCES = (0.01, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
 #: Networks that the moments of R are averaged over (App. H).
 MOMENT_NETWORKS = 30
 #: A balance at which more networks are drawn.
@@ -212,7 +213,8 @@ def main(argv: Sequence[str] | None = None) -> Results:
     model = Quadratic(size, 0)
     found = {}
     for reading in READINGS:
-        found[reading] = [curve(model, moments, reading, seed) for seed in run.seeds]
+        seeds = run.seeds if reading == SIZED else run.seeds[:1]
+        found[reading] = [curve(model, moments, reading, seed) for seed in seeds]
         summarise(run, reading, found[reading])
     checks(run, size, moments, networks=4 if run.fast else 10)
     figure, grid = axes(len(READINGS), 3, width=2.7, height=2.1)
