@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from feature_probe.errors import ConfigurationError
-from feature_probe.theory.alignment_reversing import alignment_reversing_data
+from feature_probe.theory.alignment_reversing import (
+    _left_singular_vectors,
+    alignment_reversing_data,
+)
 from feature_probe.theory.quadratic_network import expected_moments, predict_alignment
 
 N = D = 40
@@ -74,6 +77,16 @@ def test_the_inverse_as_printed_is_made_of_rounding_and_the_pseudo_inverse_is_no
     assert cosine(*printed) < 0.9
     stable = [np.linalg.pinv(gram, rcond=1e-10) for gram in grams]
     assert cosine(*stable) > 1 - 1e-10
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5)])
+def test_the_left_singular_vectors_are_those_of_an_svd(shape: tuple[int, int]) -> None:
+    """Up to sign, the largest singular value's first."""
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
+    found = _left_singular_vectors(rows).numpy()
+    expected = np.linalg.svd(rows.numpy(), full_matrices=False)[0]
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(abs((found * expected).sum(0)), 1, rtol=1e-10)
 
 
 def test_the_covariance_is_that_of_the_text() -> None:

@@ -99,13 +99,22 @@ def alignment_reversing_data(
 
     labelled, other = draw(first), draw(second)
     inverse, directions = _inverted(labelled, floor)
-    # The left singular vectors, the largest singular values' first, at half the cost of an SVD.
-    left = torch.linalg.eigh(other @ other.T).eigenvectors.flip(1)
-    count = min(second, dimension, len(inverse))
+    left = _left_singular_vectors(other)
+    count = min(left.shape[1], len(inverse))
     reversing = left[:, :count] @ (inverse[:count, None] * directions[:count])
     inputs = torch.cat([labelled, reversing]) + noise * normal(examples, dimension)
     labels = torch.cat([torch.ones(first), torch.zeros(second)]).double() + _LABEL_SHIFT
     return inputs.to(dtype), labels.to(dtype)
+
+
+def _left_singular_vectors(rows: Tensor) -> Tensor:
+    """V₂, ``[rows, min(rows, d)]``, the largest singular values' first."""
+    left: Tensor
+    if rows.shape[0] > rows.shape[1]:
+        left = torch.linalg.svd(rows, full_matrices=False).U
+    else:
+        left = torch.linalg.eigh(rows @ rows.T).eigenvectors.flip(1)  # half the cost of an SVD
+    return left
 
 
 def _inverted(rows: Tensor, floor: float | None) -> tuple[Tensor, Tensor]:
