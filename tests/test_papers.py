@@ -68,6 +68,8 @@ def test_the_start_of_alignment_is_as_predicted(tmp_path: Path) -> None:
     assert found[f"{centered_fig3.PRINTED}: observed, lowest over γ"] > 0.999
     [difference] = [value for what, value in found.items() if "against the dual form" in what]
     assert abs(difference) < 1e-10
+    whole = found[f"{centered_fig3.INVERTED}, one data set, γ = 0.1: observed"]
+    assert found["the same without X₁"] == pytest.approx(whole, abs=1e-4)
     changed = [value for what, value in found.items() if " but " in what]
     assert len(changed) == 2
     assert min(changed) > found[f"{sized}: observed, lowest over γ"] + 0.1

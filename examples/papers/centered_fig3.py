@@ -54,10 +54,12 @@ MOMENT_NETWORKS = 30
 #: A balance at which more networks are drawn.
 CHECKED = 0.35
 CLOSE = "closely match"
-_SPIKE = (
-    "11ᵀ is d times a projector, and outweighs the rest of XᵀX and XᵀYX at any γ: with 11ᵀ/d the "
-    "score falls (below)"
-)
+_WHY = {
+    PRINTED: "11ᵀ is d times a projector, and outweighs the rest of XᵀX and XᵀYX at any γ: with "
+    "11ᵀ/d the score falls (below)",
+    INVERTED: "for γ < ½ X₂ fills the span that X₁ leaves and alone decides, in spite of its label "
+    "of 10⁻⁵: without X₁ the score is the same, and near that of isotropic inputs (below)",
+}
 
 
 class Quadratic(nn.Module):
@@ -145,7 +147,7 @@ def summarise(run: Experiment, reading: str, curves: list[list[Point]]) -> None:
     """The rows of one reading, a value a data seed."""
     lowest, highest = ([which(p.seen for p in c) for c in curves] for which in (min, max))
     run.row(f"{reading}: observed, lowest over γ", "low", lowest,
-            _SPIKE if reading == PRINTED else "")  # fmt: skip
+            _WHY.get(reading, ""))  # fmt: skip
     run.row(f"{reading}: observed, highest over γ", "", highest)
     gaps = [statistics.fmean(abs(p.predicted.cosine - p.seen) for p in c) for c in curves]
     run.row(f"{reading}: |predicted − observed|, mean over γ", CLOSE, gaps)
@@ -189,6 +191,14 @@ def checks(run: Experiment, size: int, moments: Tensor, networks: int) -> None:
         changed = data(SIZED, size, CHECKED, 0, [but])
         run.row(f"{what}, one data set, γ = {CHECKED}: observed", "",
                 [observed(Quadratic(size, 0), *changed)])  # fmt: skip
+    filled, few = data(INVERTED, size, 0.1, 0), round(0.1 * size)
+    isotropic = torch.eye(size, dtype=torch.float64), torch.ones(size, dtype=torch.float64)
+    for what, given in (
+        (f"{INVERTED}, one data set, γ = 0.1: observed", filled),
+        ("the same without X₁", (filled[0][few:], filled[1][few:])),
+        ("isotropic inputs, labels 1: observed", isotropic),
+    ):
+        run.row(what, "", [observed(Quadratic(size, 0), *given)])
     small = 64 if run.fast else 256
     other, few = Quadratic(small, 0), expected_moments(small, small)
     gaps = [

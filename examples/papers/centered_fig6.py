@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
         axis.set_xlabel("data decay rate α")
     for axis in grid[:, 0]:
         axis.set_ylabel("cosine")
-    grid[1, 0].legend(fontsize=7, loc="lower right")
+    grid[1, 0].legend(fontsize=7, loc="lower right", handlelength=3.5)
     return run.finish(figure)
 
 
