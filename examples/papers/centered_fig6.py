@@ -38,7 +38,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 LOW, HIGH = "low rank", "high rank"
 _PART = (
     "the paper says that terms of the nonlinear part of φ′ are missing in its prediction; averaged "
-    "over networks E[𝒦] has them, and without them the two are apart as in the paper (below)"
+    "over networks E[𝒦] has them, and without them (below) the gap is several times as wide"
 )
 #: Decay rate at which single things are changed.
 CHECKED = 1.0
