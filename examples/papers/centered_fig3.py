@@ -145,12 +145,13 @@ def pearson(pairs: Sequence[tuple[float, float]]) -> float:
 
 def summarise(run: Experiment, reading: str, curves: list[list[Point]]) -> None:
     """The rows of one reading, a value a data seed."""
+    name = f"{reading} (data sets: {len(curves)})"
     lowest, highest = ([which(p.seen for p in c) for c in curves] for which in (min, max))
-    run.row(f"{reading}: observed, lowest over γ", "low", lowest,
+    run.row(f"{name}: observed, lowest over γ", "low", lowest,
             _WHY.get(reading, ""))  # fmt: skip
-    run.row(f"{reading}: observed, highest over γ", "", highest)
+    run.row(f"{name}: observed, highest over γ", "", highest)
     gaps = [statistics.fmean(abs(p.predicted.cosine - p.seen) for p in c) for c in curves]
-    run.row(f"{reading}: |predicted − observed|, mean over γ", CLOSE, gaps)
+    run.row(f"{name}: distance of predicted and observed, mean over γ", CLOSE, gaps)
     as_printed, refused = [], []
     for points in curves:
         values = [p.predicted.cosine_as_printed for p in points]
@@ -159,16 +160,16 @@ def summarise(run: Experiment, reading: str, curves: list[list[Point]]) -> None:
         as_printed.append(statistics.fmean(abs(v - seen) for v, seen in pairs))
         refused.append(1 - statistics.fmean(possible))
     run.row(
-        f"{reading}: the same with Eq. 28 as printed, where that gives a cosine", "", as_printed,
+        f"{name}: the same with Eq. 28 as printed, where that gives a cosine", "", as_printed,
         "its last term vanishes as printed; corrected it is right to 10⁻¹⁰ of the sum over free "
         "cumulants (tests/test_quadratic_network.py)",
     )  # fmt: skip
     if any(refused):
-        run.row(f"{reading}: share of γ where Eq. 28 as printed gives none", "", refused,
+        run.row(f"{name}: share of γ where Eq. 28 as printed gives none", "", refused,
                 "a cosine above 1, or the root of a negative number")  # fmt: skip
     if min(highest) - max(lowest) > 0.01:  # else there is nothing to be correlated
         run.row(
-            f"{reading}: Pearson of predicted and observed over γ", CLOSE,
+            f"{name}: Pearson of predicted and observed over γ", CLOSE,
             [pearson([(p.predicted.cosine, p.seen) for p in c]) for c in curves],
         )  # fmt: skip
 
@@ -205,7 +206,8 @@ def checks(run: Experiment, size: int, moments: Tensor, networks: int) -> None:
         statistics.fmean(abs(p.predicted.cosine - p.seen) for p in curve(other, few, SIZED, seed))
         for seed in run.seeds
     ]
-    run.row(f"{SIZED}, n = k = d = {small}: |predicted − observed|, mean over γ", "", gaps,
+    at = f"{SIZED}, n = k = d = {small}"
+    run.row(f"{at}: distance of predicted and observed, mean over γ", "", gaps,
             "farther apart than at full size: the prediction is of large networks")  # fmt: skip
     with torch.no_grad():
         model = Quadratic(size, 0)
@@ -225,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     for reading in READINGS:
         seeds = run.seeds if reading == SIZED else run.seeds[:1]
         found[reading] = [curve(model, moments, reading, seed) for seed in seeds]
+    for reading in (SIZED, PRINTED, INVERTED):
         summarise(run, reading, found[reading])
     checks(run, size, moments, networks=4 if run.fast else 10)
     figure, grid = axes(len(READINGS), 3, width=2.7, height=2.1)

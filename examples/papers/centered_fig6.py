@@ -141,7 +141,7 @@ class Curves:
     mean_term: list[list[float]] = field(default_factory=list)
 
     def gap(self, predictions: list[list[float]]) -> list[float]:
-        """Mean of |predicted − observed| over the decay rate, by data seed."""
+        """Mean distance of predicted and observed over the decay rate, by data seed."""
         return [
             statistics.fmean(abs(a - b) for a, b in zip(found, seen, strict=True))
             for found, seen in zip(predictions, self.seen, strict=True)
@@ -207,7 +207,7 @@ def summarise(run: Experiment, setting: Setting, found: Found) -> None:
         wider = "closer at k = 1024" if activation == "quadratic" else "farther than quadratic"
         why = _PART if activation == "ReLU" and width == setting.widths[-1] else ""
         gap = curves.gap(curves.first_order)
-        run.row(f"{name}: |predicted − observed|, mean over α", wider, gap, why)
+        run.row(f"{name}: distance of predicted and observed, mean over α", wider, gap, why)
         run.row(f"{name}: the same with E[𝒦²] as in Eq. 5", "", curves.gap(curves.mean_term))
         run.row(
             f"{name}: Pearson of predicted and observed over α", "captured",
@@ -256,8 +256,8 @@ def main(argv: Sequence[str] | None = None) -> Results:
         observed_there = found["ReLU", task, setting.widths[-1]]
         which = "the linear part of φ′ alone" if linear else "all of φ′"
         run.row(
-            f"ReLU, {task}, k = {setting.widths[-1]}: |predicted − observed|, mean over α, E[𝒦] at "
-            f"infinite width with {which}", "", observed_there.gap(curves),
+            f"ReLU, {task}, k = {setting.widths[-1]}: distance of predicted and observed, "
+            f"mean over α, E[𝒦] at infinite width with {which}", "", observed_there.gap(curves),
         )  # fmt: skip
     checks(run, setting)
     figure, grid = axes(len(ACTIVATIONS), 2)
