@@ -13,8 +13,11 @@ pytest.importorskip("matplotlib")
 
 import centered_fig1
 import centered_fig2
+import centered_fig3
+import centered_fig6
 import fact_fig11
 import table
+import torch
 from paper_lab import Results, Row
 
 
@@ -52,6 +55,75 @@ def test_the_init_centred_score_is_high_whatever_the_scale(
         centred = found[f"layer {layer}, init-centred, s = 1: at the end"]
         assert centred > found[f"layer {layer}, uncentred, s = 1: at the end"] + 0.1
         assert found[f"layer {layer}, init-centred: lowest, any setting, any step"] > 0.5
+
+
+def test_the_start_of_alignment_is_as_predicted(tmp_path: Path) -> None:
+    """Free probability follows the probe over the balance; the probe's G and K are the dual's."""
+    _, found = run(centered_fig3, tmp_path)
+    found = {what.replace(" (data sets: 1)", ""): value for what, value in found.items()}
+    sized = centered_fig3.SIZED
+    assert found[f"{sized}: observed, lowest over γ"] < 0.8
+    assert found[f"{sized}: observed, highest over γ"] > 0.95
+    assert found[f"{sized}: distance of predicted and observed, mean over γ"] < 0.06
+    assert found[f"{sized}: Pearson of predicted and observed over γ"] > 0.95
+    assert found[f"{centered_fig3.PRINTED}: observed, lowest over γ"] > 0.999
+    [difference] = [value for what, value in found.items() if "against the dual form" in what]
+    assert abs(difference) < 1e-10
+    whole = found[f"{centered_fig3.INVERTED}, one data set, γ = 0.1: observed"]
+    assert found["the same without X₁"] == pytest.approx(whole, abs=1e-4)
+    changed = [value for what, value in found.items() if " but " in what]
+    assert len(changed) == 2
+    assert min(changed) > found[f"{sized}: observed, lowest over γ"] + 0.1
+
+
+def test_the_first_order_follows_two_hidden_layers(tmp_path: Path) -> None:
+    """Prediction and observation fall together for inputs of high rank under ReLU."""
+    _, found = run(centered_fig6, tmp_path)
+    wide = f"ReLU, {centered_fig6.HIGH}, k = {centered_fig6.SMALL.widths[-1]}"
+    for kind in ("observed", "predicted"):
+        assert found[f"{wide}: {kind}, lowest between below the lower end"] > 0.005
+    gaps = {
+        what: value for what, value in found.items() if "mean over α" in what and "𝒦" not in what
+    }
+    assert len(gaps) == 8
+    assert max(gaps.values()) < 0.1
+    assert found[f"quadratic, {centered_fig6.LOW}, k = 96: observed at α = 0"] > 0.95
+
+
+@pytest.mark.parametrize("activation", centered_fig6.ACTIVATIONS)
+def test_the_probe_sees_what_the_dual_form_computes(activation: str) -> None:
+    """ρ(GᵀG, GᵀKG) of two hidden layers, by measure and by 𝒥 from autograd."""
+    torch.manual_seed(0)
+    model = centered_fig6.TwoHidden(12, 20, activation)
+    x = centered_fig6.inputs(12, 1.0, seed=0)
+    y = centered_fig6.labels(x, centered_fig6.HIGH, seed=0)
+    assert float(y.std()) == pytest.approx(1)
+    speed = centered_fig6.zero_output_alignment_speed(model.jacobian(x), x, y)
+    assert speed.cosine < 0.999
+    assert centered_fig6.observed(model, x, y) == pytest.approx(speed.cosine, rel=1e-10)
+
+
+def test_the_closed_form_is_the_mean_of_wide_networks() -> None:
+    """E[𝒦] of ReLU by formula, against 40 networks of width 400; its linear part is another."""
+    torch.manual_seed(0)
+    x = centered_fig6.inputs(8, 0.5, seed=1)
+    nets = centered_fig6.networks(8, 400, "ReLU", 40)
+    kernel = centered_fig6.expected_kernel(net.jacobian(x) for net in nets).mean
+    kernel = kernel / kernel.diagonal().mean()
+    for linear in (False, True):
+        formula = centered_fig6.relu_kernel(x, linear)
+        largest = float((formula / formula.diagonal().mean() - kernel).abs().max())
+        assert largest > 0.1 if linear else largest < 0.06
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_the_inputs_have_the_spectrum_of_the_text(start: int) -> None:
+    """From α = 0, where all eigenvalues are ½, to 1/(1 + k²) in the same basis, from ``start``."""
+    flat, x = (centered_fig6.inputs(5, decay, 0, start) for decay in (0.0, 2.0))
+    stretched = torch.linalg.solve(flat, x)
+    values = torch.linalg.eigvals(stretched).real.square().sort(descending=True).values / 2
+    expected = torch.tensor([1 / (1 + k**2) for k in range(start, start + 5)]).double()
+    torch.testing.assert_close(values, expected)
 
 
 def test_deep_linear_networks_agree_with_fact(tmp_path: Path) -> None:

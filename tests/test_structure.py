@@ -61,6 +61,9 @@ PURE = (
     "theory.egop",
     "theory.uncertainty",
     "theory.invariance",
+    "theory.early_alignment",
+    "theory.quadratic_network",
+    "theory.alignment_reversing",
     "sums.moments",
     "sums.window",
 )

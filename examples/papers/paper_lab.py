@@ -78,7 +78,7 @@ class Results:
         title: Paper and figure.
         fast: Whether at the small setting.
         rows: The numbers.
-        minutes: How long it took.
+        minutes: How long it took, of one core.
     """
 
     name: str
@@ -126,7 +126,7 @@ class Experiment:
         self.fast: bool = self.options.fast
         self.seeds = range(self.options.seeds or (1 if self.fast else seeds))
         self.results = Results(Path(script).stem, doc.splitlines()[0].rstrip("."), self.fast)
-        self._start = time.perf_counter()
+        self._start = time.process_time()
         mpl.rcParams.update(STYLE)
 
     def row(self, what: str, paper: str, values: Sequence[float], why: str = "") -> None:
@@ -135,7 +135,7 @@ class Experiment:
 
     def finish(self, figure: Figure) -> Results:
         """Write figure and numbers, and print them."""
-        self.results.minutes = (time.perf_counter() - self._start) / 60
+        self.results.minutes = (time.process_time() - self._start) / 60
         self.options.out.mkdir(parents=True, exist_ok=True)
         name = self.results.name + ("_fast" if self.fast else "")
         figure.savefig(self.options.out / f"{name}.png")
