@@ -3,8 +3,8 @@
 d = 10, c = 5, width 512, L layers without bias, W* standard normal, n = 5,000 standard normal
 inputs, MSE (the mean over entries), SGD with batches of 128, learning rate 5e-3, weight decay 1e-2,
 5,000 epochs, PyTorch's initialisation (App. C). One run a depth, as the longest takes most of an
-hour; the figure shows the depths that were run. Then 250 epochs at a tenth of the learning rate take
-the noise of minibatches away and little else: what they change was that noise.
+hour; the figure shows the depths that were run. Then 250 epochs at a tenth of the learning rate
+take the noise of minibatches away and little else: what they change was that noise.
 
     python examples/papers/fact_fig11.py --depth 2         # minutes on one core: 2; L = 5: 40
     python examples/papers/fact_fig11.py --depth 2 --fast

@@ -89,7 +89,7 @@ def _sweep_picture(name: str, curves: dict[str, dict[float, float]]) -> Pixels:
         np.array([[curve[power] for power in powers] for curve in curves.values()]),
         layers=list(curves),
         steps=[f"{power:.2g}" for power in powers],
-        title=f"{name}: at which power s do {gram} and {prediction}^s agree?",
+        title=f"{name}: {gram} against {prediction}^s, by s",
         subtitle="cosine: 1 = same up to a factor, 0 = unrelated",
         across="power s     ",  # spaces: the first number below the map is wider than a step
     )

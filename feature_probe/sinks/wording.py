@@ -19,12 +19,12 @@ PREDICTIONS: Mapping[str, str] = {
     "enfa": "eNFA",
     "bnfa": "bAGOP",
     "benfa": "beNFA",
-    "init_centered_nfa": "C-AGOP",
-    "init_centered_enfa": "C-eNFA",
-    "double_centered_nfa": "double-centred AGOP",
-    "ptk_centered_nfa": "PTK-centred AGOP",
-    "alignment_speed": "G^T K G",
-    "update_alignment_speed": "dW^T K dW",
+    "init_centered_nfa": "(Wc^T K Wc)",
+    "init_centered_enfa": "(Wc^T E Wc)",
+    "double_centered_nfa": "(Wc^T Kc Wc)",
+    "ptk_centered_nfa": "(W0^T Kc W0)",
+    "alignment_speed": "(G^T K G)",
+    "update_alignment_speed": "(dW^T K dW)",
 }
 #: What stands in the place of W, in ASCII.
 BASES: Mapping[Basis, str] = {
