@@ -10,6 +10,7 @@ from feature_probe.errors import (
     VerificationError,
 )
 from feature_probe.estimate import Estimate
+from feature_probe.initialization import balanced_init_
 from feature_probe.layers.embeddings import EmbeddingRule
 from feature_probe.layers.rules import (
     ConvRule,
@@ -53,6 +54,7 @@ __all__ = [
     "TransposedLinearRule",
     "Verification",
     "VerificationError",
+    "balanced_init_",
     "measure",
     "register_layer_rule",
     "unregister_layer_rule",
