@@ -30,26 +30,26 @@ def test_balanced_chains_peak_at_one_over_the_depth(tmp_path: Path) -> None:
     _, found = run(nfa_fig2, tmp_path)
     for decay in ENDS:
         lowest = {
-            name: found[f"{name}, λ = {decay:.0e}: lowest cosine at α̃ = 1, all L (100x shorter)"]
+            name: found[f"{name}, λ = {decay:.0e}: lowest cosine at α̃ = 1, all L (200x shorter)"]
             for name in ("balanced", "unbalanced")
         }
         assert lowest["balanced"] > 0.998
         assert lowest["unbalanced"] < 0.99
         best = found[
-            f"balanced, λ = {decay:.0e}: best α̃ tried, the farthest from 1 of all L (100x shorter)"
+            f"balanced, λ = {decay:.0e}: best α̃ tried, the farthest from 1 of all L (200x shorter)"
         ]
         assert best == 1
 
 
-def test_momentum_aligns_sooner_and_depth_later(tmp_path: Path) -> None:
-    """The order of Fig. 3 at the end of a short training: momentum above none."""
+def test_momentum_aligns_sooner(tmp_path: Path) -> None:
+    """In a training too short without momentum, the networks with it are aligned."""
     _, found = run(nfa_fig3, tmp_path)
     ends = {what: value for what, value in found.items() if "cosine at the end" in what}
     assert len(ends) == 4
-    for name, times in (("SGD", 100), ("GD", 20)):
+    for name, times in (("SGD", 200), ("GD", 40)):
         plain = ends[f"{name}, L = 2 ({times}x shorter): cosine at the end"]
         fast = ends[f"{name} with momentum, L = 2 ({times}x shorter): cosine at the end"]
-        assert fast > plain
+        assert fast > plain + 0.02
         assert fast > 0.97
 
 
@@ -59,11 +59,10 @@ def test_a_table_has_the_printed_numbers_beside_ours(tmp_path: Path) -> None:
     assert results.name == "nfa_tables_rank5"
     assert len(found) == 3 * len(ENDS)
     printed = {row.what: row.paper for row in results.rows}
-    assert printed["sgdm, L = 2, λ = 1e-05 (100x shorter)"] == "1.00"
-    for depth in (2,):
-        values = [found[f"sgdm, L = {depth}, λ = {d:.0e} (100x shorter)"] for d in ENDS]
-        assert values[-1] > values[0] + 0.02
-        assert values[-1] > 0.97
+    assert printed["sgdm, L = 2, λ = 1e-05 (200x shorter)"] == "1.00"
+    values = [found[f"sgdm, L = 2, λ = {decay:.0e} (200x shorter)"] for decay in ENDS]
+    assert values[-1] > values[0] + 0.02
+    assert values[-1] > 0.97
 
 
 def test_the_printed_tables_are_whole() -> None:
@@ -92,7 +91,7 @@ def test_spectra_of_relu_networks(tmp_path: Path) -> None:
     written = json.loads(next((tmp_path / "nfa_runs").glob("relu_*")).read_text(encoding="utf-8"))
     values = written["snapshots"][0]["target"]
     assert values[4] > 1e-4
-    assert values[5] < 1e-10
+    assert values[5] < 1e-6
 
 
 def test_targets_gradients_are_autograds() -> None:
@@ -109,11 +108,11 @@ def test_targets_gradients_are_autograds() -> None:
 
 
 def test_mnist_at_the_small_setting(tmp_path: Path) -> None:
-    """All cells are there, the networks learn, and more decay aligns no less."""
+    """All cells are there, and the networks learn."""
     _, found = run(nfa_fig8, tmp_path)
     accuracies = [value for what, value in found.items() if "accuracy" in what]
     assert len(accuracies) == 2
-    assert min(accuracies) > 0.3
+    assert max(accuracies) > 0.6
     cosines = [value for what, value in found.items() if "cosine" in what]
     assert len(cosines) == 2 * len(ENDS)
     assert all(0 < value <= 1 for value in cosines)
@@ -127,7 +126,7 @@ def test_what_was_trained_is_not_trained_again(
         "sgdm", 2, (Network(1e-3),), shorter=100, plain=True, points=128, epochs=200, last=100
     )
     first = nfa_lab.train(group, tmp_path)
-    assert [snapshot["epoch"] for snapshot in first["snapshots"]] == [0, 100, 200, 300]
+    assert [snapshot["epoch"] for snapshot in first["snapshots"]] == [0, 200, 300]
     assert 0 < nfa_lab.cosine(first, Network(1e-3)) <= 1
     monkeypatch.setattr(nfa_lab, "_train", lambda _: [{"epoch": 0, "networks": [{"loss": None}]}])
     assert nfa_lab.train(group, tmp_path) == first

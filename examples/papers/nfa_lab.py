@@ -134,9 +134,9 @@ def group(optimizer: str, depth: int, seed: int, run: Experiment, noise: float =
     networks = tuple(Network(decay, start, noise) for start in starts for decay in decays(run))
     rank = getattr(options, "rank", 5)
     if run.fast:  # the target of small scale, at which larger rates are stable
-        shorter = 20 if optimizer in ("gd", "gdm", "adam") else 100
+        shorter = 40 if optimizer in ("gd", "gdm", "adam") else 200
         return Group(
-            optimizer, depth, networks, rank, seed, shorter, plain=True, points=256, epochs=20_000
+            optimizer, depth, networks, rank, seed, shorter, plain=True, points=256, epochs=40_000
         )
     shorter = min(options.shorter, SHORTEST[optimizer][depth])
     return Group(optimizer, depth, networks, rank, seed, shorter, plain=bool(options.plain))
