@@ -15,35 +15,42 @@ import nfa_fig3
 import nfa_fig4
 import nfa_fig8
 import nfa_lab
+import nfa_rates
 import nfa_tables
 import nfa_targets
+import paper_lab
 import torch
 from nfa_lab import DECAYS, Group, Network
 from test_papers import run
 
 #: λ of the small settings.
 ENDS = (DECAYS[0], DECAYS[-1])
+HOW = "L = 2 (200x shorter)"
 
 
-def test_balanced_chains_peak_at_one_over_the_depth(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the scripts on the same networks share, so that they are trained once."""
+    return tmp_path_factory.mktemp("nfa")
+
+
+def test_balanced_chains_peak_at_one_over_the_depth(trained: Path) -> None:
     """Balanced: α = 1/L is best whatever λ; unbalanced, at these small λ: not so close."""
-    _, found = run(nfa_fig2, tmp_path)
+    _, found = run(nfa_fig2, trained)
     for decay in ENDS:
         lowest = {
-            name: found[f"{name}, λ = {decay:.0e}: lowest cosine at α̃ = 1, all L (200x shorter)"]
+            name: found[f"{name}, λ = {decay:.0e}: lowest cosine at α̃ = 1, {HOW}"]
             for name in ("balanced", "unbalanced")
         }
         assert lowest["balanced"] > 0.998
         assert lowest["unbalanced"] < 0.99
-        best = found[
-            f"balanced, λ = {decay:.0e}: best α̃ tried, the farthest from 1 of all L (200x shorter)"
-        ]
+        best = found[f"balanced, λ = {decay:.0e}: best α̃ tried, the farthest from 1 of {HOW}"]
         assert best == 1
 
 
-def test_momentum_aligns_sooner(tmp_path: Path) -> None:
+def test_momentum_aligns_sooner(trained: Path) -> None:
     """In a training too short without momentum, the networks with it are aligned."""
-    _, found = run(nfa_fig3, tmp_path)
+    _, found = run(nfa_fig3, trained)
     ends = {what: value for what, value in found.items() if "cosine at the end" in what}
     assert len(ends) == 4
     for name, times in (("SGD", 200), ("GD", 40)):
@@ -53,11 +60,11 @@ def test_momentum_aligns_sooner(tmp_path: Path) -> None:
         assert fast > 0.97
 
 
-def test_a_table_has_the_printed_numbers_beside_ours(tmp_path: Path) -> None:
+def test_a_table_has_the_printed_numbers_beside_ours(trained: Path) -> None:
     """All cells of the table, and more alignment with more decay."""
-    results, found = run(nfa_tables, tmp_path, "--fullbatch", "0")
+    results, found = run(nfa_tables, trained)
     assert results.name == "nfa_tables_rank5"
-    assert len(found) == 3 * len(ENDS)
+    assert len(found) == 5 * len(ENDS)
     printed = {row.what: row.paper for row in results.rows}
     assert printed["sgdm, L = 2, λ = 1e-05 (200x shorter)"] == "1.00"
     values = [found[f"sgdm, L = 2, λ = {decay:.0e} (200x shorter)"] for decay in ENDS]
@@ -80,6 +87,14 @@ def test_the_target_of_large_scale_is_told_from_the_small_one(tmp_path: Path) ->
     large, small = nfa_targets.READINGS
     assert found[f"rank 5, L = 2, {large}: training diverged"] == 0
     assert found[f"rank 5, L = 2, {large}: cosine"] > found[f"rank 5, L = 2, {small}: cosine"]
+
+
+def test_a_larger_rate_is_a_row_of_its_own(tmp_path: Path) -> None:
+    """Two layers at two rates: both train, and their cosines are told apart."""
+    _, found = run(nfa_rates, tmp_path)
+    cosines = [found[f"L = 2, {times} times the rate: cosine"] for times in nfa_rates.TIMES[1:]]
+    assert all(0.9 < value < 1 for value in cosines)
+    assert cosines[0] != cosines[1]
 
 
 def test_spectra_of_relu_networks(tmp_path: Path) -> None:
@@ -116,6 +131,20 @@ def test_mnist_at_the_small_setting(tmp_path: Path) -> None:
     cosines = [value for what, value in found.items() if "cosine" in what]
     assert len(cosines) == 2 * len(ENDS)
     assert all(0 < value <= 1 for value in cosines)
+
+
+def test_stored_shows_what_is_there_and_trains_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the groups that were trained have rows."""
+    arguments = ["--fast", "--out", str(tmp_path)]
+    experiment = paper_lab.Experiment(
+        "x.py", "x", arguments, shorter=nfa_lab.SHORTER, plain=(0, 1), stored=(0, 1)
+    )
+    nfa_lab.all_seeds("gdm", 2, experiment)
+    monkeypatch.setattr(nfa_lab, "_train", lambda _: pytest.fail("trained"))
+    _, found = run(nfa_tables, tmp_path, "--stored", "1")
+    assert [what[:3] for what in found] == ["gdm", "gdm"]
 
 
 def test_what_was_trained_is_not_trained_again(

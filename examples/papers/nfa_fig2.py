@@ -17,42 +17,40 @@ from nfa_lab import (
     SHORTER,
     Network,
     Run,
+    all_seeds,
     cosine,
     decays,
     depths,
     found,
-    group,
-    train,
-)  # fmt: skip
+)
 from paper_lab import COLORS, LINES, Experiment, Results, axes
 
 
 def main(argv: Sequence[str] | None = None) -> Results:
     """Run all depths."""
-    run = Experiment(__file__, __doc__, argv, seeds=1, shorter=SHORTER, plain=(0, 1))
+    run = Experiment(__file__, __doc__, argv, seeds=1, shorter=SHORTER, plain=(0, 1), stored=(0, 1))
     run.results.name += "_plain" * run.options.plain
-    groups = {d: [group("sgd", d, seed, run) for seed in run.seeds] for d in depths(run)}
-    runs = {d: [train(one, run.options.out) for one in groups[d]] for d in depths(run)}
-    times = sorted({groups[d][0].shorter for d in depths(run)})
-    how = "" if times == [1] else f" ({' to '.join(map(str, times))}x shorter)"
+    runs = {depth: all_seeds("sgd", depth, run) for depth in depths(run)}
+    runs = {depth: found for depth, found in runs.items() if found}
+    times = sorted({one["settings"]["shorter"] for same in runs.values() for one in same})
+    how = f"L = {', '.join(map(str, runs))}"
+    how += "" if times == [1] else f" ({' to '.join(map(str, times))}x shorter)"
     figure, grid = axes(2, len(decays(run)), width=2.2, height=2.0)
     for row, balanced in enumerate((True, False)):
         name = "balanced" if balanced else "unbalanced"
         for column, decay in enumerate(decays(run)):
             network = Network(decay, balanced)
-            lowest = [
-                min(cosine(runs[d][i], network) for d in depths(run)) for i in range(len(run.seeds))
-            ]
+            lowest = [min(cosine(runs[d][i], network) for d in runs) for i in range(len(run.seeds))]
             fitted = [
-                max((_best(runs[d][i], network) for d in depths(run)), key=_far)
+                max((_best(runs[d][i], network) for d in runs), key=_far)
                 for i in range(len(run.seeds))
             ]
             what = f"{name}, λ = {decay:.0e}"
-            run.row(f"{what}: lowest cosine at α̃ = 1, all L{how}", "", lowest)
+            run.row(f"{what}: lowest cosine at α̃ = 1, {how}", "", lowest)
             peak = "1" if balanced or decay == max(decays(run)) else ""
-            run.row(f"{what}: best α̃ tried, the farthest from 1 of all L{how}", peak, fitted)
+            run.row(f"{what}: best α̃ tried, the farthest from 1 of {how}", peak, fitted)
             axis = grid[row, column]
-            for depth, color, line in zip(depths(run), COLORS, LINES, strict=False):
+            for depth, color, line in zip(runs, COLORS, LINES, strict=False):
                 curves = [found(one, network)["cosines"] for one in runs[depth]]
                 mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
                 axis.plot(SCALED_POWERS, mean, color=color, linestyle=line, label=f"L = {depth}")

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from nfa_lab import SHORTER, Network, Run, cosine, depths, group, setting, train
+from nfa_lab import SHORTER, Network, Run, all_seeds, cosine, depths, setting
 from paper_lab import COLORS, LINES, Experiment, Results, axes
 
 OPTIMIZERS = {
@@ -25,15 +25,16 @@ ALIGNED = 0.99
 
 def main(argv: Sequence[str] | None = None) -> Results:
     """Run all depths of all optimizers."""
-    run = Experiment(__file__, __doc__, argv, seeds=1, shorter=SHORTER, plain=(0, 1))
+    run = Experiment(__file__, __doc__, argv, seeds=1, shorter=SHORTER, plain=(0, 1), stored=(0, 1))
     run.results.name += "_plain" * run.options.plain
     figure, grid = axes(1, len(OPTIMIZERS), width=2.3)
     for axis, (optimizer, title) in zip(grid[0], OPTIMIZERS.items(), strict=True):
         for depth, color, line in zip(depths(run), COLORS, LINES, strict=False):
-            groups = [group(optimizer, depth, seed, run) for seed in run.seeds]
-            runs = [train(one, run.options.out) for one in groups]
+            runs = all_seeds(optimizer, depth, run)
+            if not runs:
+                continue
             curves = [_curve(one) for one in runs]
-            what = f"{title}, L = {depth}{setting(groups[0])}"
+            what = f"{title}, L = {depth}{setting(runs[0])}"
             run.row(f"{what}: cosine at the end", "1", [curve[-1][1] for curve in curves])
             reached = [_reached(curve) for curve in curves]
             run.row(f"{what}: thousands of epochs until it stays above {ALIGNED}", "", reached)

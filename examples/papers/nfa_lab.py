@@ -14,7 +14,8 @@ the reading here; in the other one A ∈ R^{r×d} as in §5, A and a are standar
 ``--shorter k`` runs k times fewer epochs at k times the learning rate: for (S)GD the same time of
 gradient flow and the same decay age Σηλ/(1 − μ), with more noise of the batches; for Adam, whose
 steps do not scale with the gradient, only the sum of the rates is the same. What was trained is
-kept in ``nfa_runs`` under ``--out``, a file a group of networks, and not trained again.
+kept in ``nfa_runs`` under ``--out``, a file a group of networks, and not trained again, so that a
+run can be broken off and gone on with; ``--stored 1`` trains nothing and shows what is there.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ OPTIMIZERS = {
 SCALED_POWERS = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 1.75, 2.0)
 #: How many times shorter each optimizer may be run at each depth. Beyond, the loss of the first
 #: hundred epochs becomes NaN (SGD with momentum: L = 3 at 20, L = 5 at 10), jumps (L = 5 at 5) or
-#: stays high (SGD: L = 4 and 5 at 20); full batches are near that limit at the printed rate.
+#: stays high (SGD: L = 4, 5 at 20); full batches are near that limit at the printed rate.
 SHORTEST = {
     "gd": dict.fromkeys(DEPTHS, 1),
     "gdm": dict.fromkeys(DEPTHS, 1),
-    "sgd": {2: 20, 3: 20, 4: 10, 5: 10},
+    "sgd": dict.fromkeys(DEPTHS, 10),
     "sgdm": {2: 20, 3: 10, 4: 5, 5: 4},
     "adam": dict.fromkeys(DEPTHS, 20),
 }
@@ -155,9 +156,10 @@ def printed(rank: int, noise: int) -> dict[tuple[str, int, float], str]:
     }
 
 
-def setting(one: Group) -> str:
+def setting(run: Run) -> str:
     """What a row says of a setting that is not the paper's."""
-    return f" ({one.shorter}x shorter)" if one.shorter > 1 else ""
+    shorter = run["settings"]["shorter"]
+    return f" ({shorter}x shorter)" if shorter > 1 else ""
 
 
 #: What is kept of a group: `snapshots` hold, by network, loss and cosines at SCALED_POWERS.
@@ -231,21 +233,42 @@ def kept(
     folder: Path, name: str, settings: dict[str, Any], found: Callable[[], list[dict[str, Any]]]
 ) -> Run:
     """What is in ``nfa_runs/NAME.json``, if it was found at the same settings, or find it now."""
-    path = folder / "nfa_runs" / f"{name}.json"
-    settings = json.loads(json.dumps(settings))
-    if path.exists():
-        before: Run = json.loads(path.read_text(encoding="utf-8"))
-        if before["settings"] == settings:
-            return before
+    before = stored(folder, name, settings)
+    if before is not None:
+        return before
     begin = time.perf_counter()
     with torch.inference_mode():
         snapshots = found()
     minutes = (time.perf_counter() - begin) / 60
     run = _rounded({"settings": settings, "minutes": minutes, "snapshots": snapshots})
+    path = _place(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(run) + "\n", encoding="utf-8")
     print(f"{name}: {minutes:.1f} minutes", flush=True)
     return dict(run)
+
+
+def stored(folder: Path, name: str, settings: dict[str, Any]) -> Run | None:
+    """What was found before at the same settings, if anything was."""
+    path = _place(folder, name)
+    if path.exists():
+        run: Run = json.loads(path.read_text(encoding="utf-8"))
+        if run["settings"] == json.loads(json.dumps(settings)):
+            return run
+    return None
+
+
+def _place(folder: Path, name: str) -> Path:
+    return folder / "nfa_runs" / f"{name}.json"
+
+
+def all_seeds(optimizer: str, depth: int, run: Experiment, noise: float = 0.0) -> list[Run]:
+    """Runs of one optimizer and depth, one a seed; with ``--stored 1`` those that are there."""
+    groups = [group(optimizer, depth, seed, run, noise) for seed in run.seeds]
+    if run.options.stored:
+        before = [stored(run.options.out, one.name, asdict(one)) for one in groups]
+        return [one for one in before if one is not None]
+    return [train(one, run.options.out) for one in groups]
 
 
 def _train(group: Group) -> list[dict[str, Any]]:

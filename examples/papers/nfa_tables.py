@@ -4,7 +4,8 @@ Cosine of W_1ᵀW_1 with A^{1/L}, A = JᵀJ of the linear part, after training; 
 (rank 5) without label noise. nfa_lab.py says what the setting is and what is not printed of it.
 
     python examples/papers/nfa_tables.py                           # the paper's setting: days
-    python examples/papers/nfa_tables.py --shorter 20 --fullbatch 0
+    python examples/papers/nfa_tables.py --shorter 20
+    python examples/papers/nfa_tables.py --shorter 20 --stored 1   # of it, what is there
     python examples/papers/nfa_tables.py --rank 20 --noise 1       # the other tables
     python examples/papers/nfa_tables.py --fast
 """
@@ -15,17 +16,17 @@ import math
 from collections.abc import Sequence
 
 from nfa_lab import (
+    OPTIMIZERS,
     SHORTER,
     Network,
+    all_seeds,
     cosine,
     decays,
     depths,
     found,
-    group,
     printed,
     setting,
-    train,
-)  # fmt: skip
+)
 from paper_lab import COLORS, LINES, Experiment, Results, axes
 
 
@@ -33,10 +34,9 @@ def main(argv: Sequence[str] | None = None) -> Results:
     """Run one table at one level of noise."""
     run = Experiment(
         __file__, __doc__, argv, seeds=1, rank=(5, 2, 20), noise=(0, 1), shorter=SHORTER,
-        fullbatch=(1, 0), plain=(0, 1),
+        plain=(0, 1), stored=(0, 1),
     )  # fmt: skip
     options = run.options
-    optimizers = ["sgd", "sgdm", "adam"] + ["gd", "gdm"] * options.fullbatch
     number = {2: 1, 5: 2, 20: 3}[options.rank]
     reading = ", standard normal A" if options.plain else ""
     run.results.name += f"_rank{options.rank}" + "_noise" * options.noise + "_plain" * options.plain
@@ -48,9 +48,10 @@ def main(argv: Sequence[str] | None = None) -> Results:
     figure, grid = axes(1, len(depths(run)), width=2.3)
     for column, depth in enumerate(depths(run)):
         axis = grid[0, column]
-        for optimizer, color, line in zip(optimizers, COLORS, LINES, strict=False):
-            groups = [group(optimizer, depth, seed, run, options.noise) for seed in run.seeds]
-            runs = [train(one, run.options.out) for one in groups]
+        for optimizer, color, line in zip(OPTIMIZERS, COLORS, LINES, strict=False):
+            runs = all_seeds(optimizer, depth, run, options.noise)
+            if not runs:
+                continue
             means = []
             for decay in decays(run):
                 network = Network(decay, False, options.noise)
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
                 levels = [found(one, network).get("chance", math.nan) for one in runs]
                 means.append(sum(values) / len(values))
                 run.row(
-                    f"{optimizer}, L = {depth}, λ = {decay:.0e}{setting(groups[0])}",
+                    f"{optimizer}, L = {depth}, λ = {decay:.0e}{setting(runs[0])}",
                     paper[optimizer, depth, decay],
                     values,
                     f"chance {levels[0]:.2f}",
