@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from nfa_lab import SHORTER, Network, Run, all_seeds, cosine, depths, setting
+from nfa_lab import DEPTHS, SHORTER, Network, Run, all_seeds, cosine, depths, setting
 from paper_lab import COLORS, LINES, Experiment, Results, axes
 
 OPTIMIZERS = {
@@ -21,19 +21,29 @@ OPTIMIZERS = {
 }  # fmt: skip
 NETWORK = Network(1e-2)
 ALIGNED = 0.99
+#: The paper's Fig. 1 has one cosine before training, at L = 5.
+FIGURE_1 = "0.915 (Fig. 1)"
 
 
 def main(argv: Sequence[str] | None = None) -> Results:
     """Run all depths of all optimizers."""
     run = Experiment(__file__, __doc__, argv, seeds=1, shorter=SHORTER, plain=(0, 1), stored=(0, 1))
     run.results.name += "_plain" * run.options.plain
-    figure, grid = axes(1, len(OPTIMIZERS), width=2.3)
-    for axis, (optimizer, title) in zip(grid[0], OPTIMIZERS.items(), strict=True):
-        for depth, color, line in zip(depths(run), COLORS, LINES, strict=False):
-            runs = all_seeds(optimizer, depth, run)
-            if not runs:
-                continue
+    found = {
+        optimizer: {d: runs for d in depths(run) if (runs := all_seeds(optimizer, d, run))}
+        for optimizer in OPTIMIZERS
+    }
+    shown = [optimizer for optimizer in OPTIMIZERS if found[optimizer]]
+    figure, grid = axes(1, len(shown), width=2.5)
+    for axis, optimizer in zip(grid[0], shown, strict=True):
+        title = OPTIMIZERS[optimizer]
+        for depth, runs in found[optimizer].items():
+            style = DEPTHS.index(depth)
+            color, line = COLORS[style], LINES[style]
             curves = [_curve(one) for one in runs]
+            if optimizer == shown[0]:
+                before = FIGURE_1 if depth == max(DEPTHS) else ""
+                run.row(f"L = {depth}: cosine before training", before, [c[0][1] for c in curves])
             what = f"{title}, L = {depth}{setting(runs[0])}"
             run.row(f"{what}: cosine at the end", "1", [curve[-1][1] for curve in curves])
             reached = [_reached(curve) for curve in curves]
@@ -43,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
             axis.plot(epochs, mean, color=color, linestyle=line, label=f"L = {depth}")
         axis.set(title=title, xlabel="thousands of epochs", ylim=(0.75, 1.01))
     grid[0, 0].set_ylabel("cosine, λ = 1e-2")
-    grid[0, 0].legend()
+    grid[0, -1].legend()
     return run.finish(figure)
 
 

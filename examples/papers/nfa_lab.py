@@ -86,7 +86,8 @@ class Group:
         seed: Of data, initial weights and batches.
         shorter: How many times fewer epochs, at as many times the rate.
         plain: The target's other reading: A ∈ R^{r×d} and a standard normal, b = 0.
-        decay_biases: Whether biases decay too.
+        decay_biases: Whether biases decay too, which is not printed; in Parkinson et al.'s code
+            they do not.
         points: N.
         epochs: Of the paper's setting.
         last: Of them at a tenth of the rate, in the end.
@@ -139,8 +140,16 @@ def group(optimizer: str, depth: int, seed: int, run: Experiment, noise: float =
         return Group(
             optimizer, depth, networks, rank, seed, shorter, plain=True, points=256, epochs=40_000
         )
-    shorter = min(options.shorter, SHORTEST[optimizer][depth])
-    return Group(optimizer, depth, networks, rank, seed, shorter, plain=bool(options.plain))
+    return Group(
+        optimizer,
+        depth,
+        networks,
+        rank,
+        seed,
+        shorter=min(options.shorter, SHORTEST[optimizer][depth]),
+        plain=bool(options.plain),
+        decay_biases=bool(getattr(options, "biases", 1)),
+    )
 
 
 def printed(rank: int, noise: int) -> dict[tuple[str, int, float], str]:
