@@ -133,15 +133,19 @@ def test_mnist_at_the_small_setting(tmp_path: Path) -> None:
     assert all(0 < value <= 1 for value in cosines)
 
 
+def experiment(out: Path) -> paper_lab.Experiment:
+    """A script's run at its small setting."""
+    arguments = ["--fast", "--out", str(out)]
+    return paper_lab.Experiment(
+        "x.py", "x", arguments, shorter=nfa_lab.SHORTER, plain=(0, 1), stored=(0, 1)
+    )
+
+
 def test_stored_shows_what_is_there_and_trains_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the groups that were trained have rows."""
-    arguments = ["--fast", "--out", str(tmp_path)]
-    experiment = paper_lab.Experiment(
-        "x.py", "x", arguments, shorter=nfa_lab.SHORTER, plain=(0, 1), stored=(0, 1)
-    )
-    nfa_lab.all_seeds("gdm", 2, experiment)
+    nfa_lab.all_seeds("gdm", 2, experiment(tmp_path))
     monkeypatch.setattr(nfa_lab, "_train", lambda _: pytest.fail("trained"))
     _, found = run(nfa_tables, tmp_path, "--stored", "1")
     assert [what[:3] for what in found] == ["gdm", "gdm"]
@@ -151,16 +155,15 @@ def test_what_was_trained_is_not_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A group is read from its file at the same settings only; what diverged is NaN."""
-    group = Group(
-        "sgdm", 2, (Network(1e-3),), shorter=100, plain=True, points=128, epochs=200, last=100
-    )
-    first = nfa_lab.train(group, tmp_path)
+    settings = {"shorter": 100, "plain": True, "points": 128, "epochs": 200, "last": 100}
+    group = Group("sgdm", 2, (Network(1e-3),), **settings)
+    first = nfa_lab.train(group, experiment(tmp_path))
     assert [snapshot["epoch"] for snapshot in first["snapshots"]] == [0, 200, 300]
     assert 0 < nfa_lab.cosine(first, Network(1e-3)) <= 1
     monkeypatch.setattr(nfa_lab, "_train", lambda _: [{"epoch": 0, "networks": [{"loss": None}]}])
-    assert nfa_lab.train(group, tmp_path) == first
-    other = Group(
-        "sgdm", 2, (Network(1e-4),), shorter=100, plain=True, points=128, epochs=200, last=100
-    )
+    later = experiment(tmp_path)
+    assert nfa_lab.train(group, later) == first
+    assert later.spent == first["minutes"]
+    other = Group("sgdm", 2, (Network(1e-4),), **settings)
     assert other.name == group.name
-    assert math.isnan(nfa_lab.cosine(nfa_lab.train(other, tmp_path), Network(1e-4)))
+    assert math.isnan(nfa_lab.cosine(nfa_lab.train(other, later), Network(1e-4)))

@@ -93,7 +93,7 @@ def train(depth: int, points: int, seed: int, run: Experiment) -> dict[str, Any]
             }
         ]
 
-    return dict(kept(run.options.out, name, settings, found)["snapshots"][0])
+    return dict(kept(run, name, settings, found)["snapshots"][0])
 
 
 def main(argv: Sequence[str] | None = None) -> Results:

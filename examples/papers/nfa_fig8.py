@@ -60,7 +60,7 @@ def train(
                 snapshots.append(_snapshot(stack, depth, x, y, epoch * shorter))
         return snapshots
 
-    return list(kept(run.options.out, name, settings, found)["snapshots"])
+    return list(kept(run, name, settings, found)["snapshots"])
 
 
 def _snapshot(stack: NetworkStack, depth: int, x: Tensor, y: Tensor, epoch: int) -> dict[str, Any]:

@@ -233,41 +233,48 @@ def linear_cosines(
     }
 
 
-def train(group: Group, folder: Path) -> Run:
+def train(group: Group, run: Experiment) -> Run:
     """Train a group and measure it over training; or what was found before, if it was trained."""
-    return kept(folder, group.name, asdict(group), lambda: _train(group))
+    return kept(run, group.name, asdict(group), lambda: _train(group))
 
 
 def kept(
-    folder: Path, name: str, settings: dict[str, Any], found: Callable[[], list[dict[str, Any]]]
+    run: Experiment,
+    name: str,
+    settings: dict[str, Any],
+    found: Callable[[], list[dict[str, Any]]],
 ) -> Run:
     """What is in ``nfa_runs/NAME.json``, if it was found at the same settings, or find it now."""
-    before = stored(folder, name, settings)
+    before = stored(run, name, settings)
     if before is not None:
         return before
-    begin = time.perf_counter()
+    begin = time.process_time()
     with torch.inference_mode():
         snapshots = found()
-    minutes = (time.perf_counter() - begin) / 60
-    run = _rounded({"settings": settings, "minutes": minutes, "snapshots": snapshots})
-    path = _place(folder, name)
+    minutes = (time.process_time() - begin) / 60
+    written: Run = {
+        "settings": settings, "minutes": minutes, "snapshots": snapshots
+    }  # fmt: skip
+    path = _place(run, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(run) + "\n", encoding="utf-8")
-    print(f"{name}: {minutes:.1f} minutes", flush=True)
-    return dict(run)
+    path.write_text(json.dumps(_rounded(written)) + "\n", encoding="utf-8")
+    print(f"{name}: {minutes:.1f} minutes of one core", flush=True)
+    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def stored(folder: Path, name: str, settings: dict[str, Any]) -> Run | None:
-    """What was found before at the same settings, if anything was."""
-    path = _place(folder, name)
+def stored(run: Experiment, name: str, settings: dict[str, Any]) -> Run | None:
+    """What was found before at the same settings, if anything was; its minutes are counted."""
+    path = _place(run, name)
     if path.exists():
-        run: Run = json.loads(path.read_text(encoding="utf-8"))
-        if run["settings"] == json.loads(json.dumps(settings)):
-            return run
+        found: Run = json.loads(path.read_text(encoding="utf-8"))
+        if found["settings"] == json.loads(json.dumps(settings)):
+            run.spent += found["minutes"]
+            return found
     return None
 
 
-def _place(folder: Path, name: str) -> Path:
+def _place(run: Experiment, name: str) -> Path:
+    folder: Path = run.options.out
     return folder / "nfa_runs" / f"{name}.json"
 
 
@@ -275,9 +282,9 @@ def all_seeds(optimizer: str, depth: int, run: Experiment, noise: float = 0.0) -
     """Runs of one optimizer and depth, one a seed; with ``--stored 1`` those that are there."""
     groups = [group(optimizer, depth, seed, run, noise) for seed in run.seeds]
     if run.options.stored:
-        before = [stored(run.options.out, one.name, asdict(one)) for one in groups]
+        before = [stored(run, one.name, asdict(one)) for one in groups]
         return [one for one in before if one is not None]
-    return [train(one, run.options.out) for one in groups]
+    return [train(one, run) for one in groups]
 
 
 def _train(group: Group) -> list[dict[str, Any]]:

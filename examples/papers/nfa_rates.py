@@ -3,8 +3,7 @@
 SGD with momentum, λ = 1e-5, rank 5: 2,000 epochs at the printed learning rate, and the same time of
 gradient flow at 5 and 20 times the rate. At that λ decay does next to nothing in 60,000 epochs
 (2Σηλ/(1 − μ) = 0.04), so that the cosine is settled once the target is fitted, and what differs
-between the rows is the rate alone. Adam has no such time of its own: at λ = 1e-3 and L = 5 it is
-run 20 and 10 times shorter over all of its epochs.
+between the rows is the rate alone.
 
     python examples/papers/nfa_rates.py
     python examples/papers/nfa_rates.py --fast
@@ -18,7 +17,7 @@ from collections.abc import Sequence
 from nfa_lab import DEPTHS, Group, Network, cosine, printed, train
 from paper_lab import COLORS, LINES, Experiment, Results, axes
 
-NETWORK, ADAM = Network(1e-5), Network(1e-3)
+NETWORK = Network(1e-5)
 TIMES = (1, 5, 20)
 
 
@@ -36,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
                 Group("sgdm", depth, (NETWORK,), 5, seed, shorter, epochs=epochs, last=20)
                 for seed in run.seeds
             ]
-            values = [cosine(train(group, run.options.out), NETWORK) for group in groups]
+            values = [cosine(train(group, run), NETWORK) for group in groups]
             rate = "the printed rate" if shorter == 1 else f"{shorter} times the rate"
             paper = printed(5, 0)["sgdm", depth, NETWORK.decay]
             what = f"L = {depth}, {rate}"
@@ -47,11 +46,6 @@ def main(argv: Sequence[str] | None = None) -> Results:
             means.append(sum(finite) / len(finite) if finite else math.nan)
         label = "the printed rate" if shorter == 1 else f"{shorter} times the rate"
         grid[0, 0].plot(depths, means, color=color, linestyle=line, marker=".", label=label)
-    for shorter in () if run.fast else (20, 10):
-        groups = [Group("adam", 5, (ADAM,), 5, seed, shorter) for seed in run.seeds]
-        values = [cosine(train(group, run.options.out), ADAM) for group in groups]
-        what = f"Adam, L = 5, λ = 1e-03 ({shorter}x shorter): cosine"
-        run.row(what, printed(5, 0)["adam", 5, ADAM.decay], values)
     grid[0, 0].plot(depths, theirs, "ko", mfc="none", label="printed cosine")
     grid[0, 0].set(
         xlabel="linear layers L",
