@@ -92,7 +92,10 @@ def test_the_target_of_large_scale_is_told_from_the_small_one(tmp_path: Path) ->
 def test_a_larger_rate_is_a_row_of_its_own(tmp_path: Path) -> None:
     """Two layers at two rates: both train, and their cosines are told apart."""
     _, found = run(nfa_rates, tmp_path)
-    cosines = [found[f"L = 2, {times} times the rate: cosine"] for times in nfa_rates.TIMES[1:]]
+    cosines = [
+        found[f"SGD with momentum, L = 2, {times} times the rate: cosine"]
+        for times in nfa_rates.TIMES[1:]
+    ]
     assert all(0.9 < value < 1 for value in cosines)
     assert cosines[0] != cosines[1]
 

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
             title=f"L = {depth} (bars: printed)", xlabel="rank of the target", ylim=(0.78, 1.01)
         )
         axis.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
-    grid[0, 0].set_ylabel("cosine, GD with momentum, λ = 1e-5")
+    grid[0, 0].set_ylabel("cosine, λ = 1e-5")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return run.finish(figure)
 
