@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
                 mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
                 axis.plot(SCALED_POWERS, mean, color=color, linestyle=line, label=f"L = {depth}")
             axis.axvline(1, color="0.5", linewidth=0.8)
-            axis.set(title=f"{name}, λ = {decay:.0e}", ylim=(0.6, 1.01))
+            axis.set(title=f"{name}, λ = {decay:.0e}", ylim=(0.75, 1.01))
             if row:
                 axis.set_xlabel("α̃ = Lα")
         grid[row, 0].set_ylabel("cosine")
