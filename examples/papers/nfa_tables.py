@@ -93,7 +93,7 @@ def _why(optimizer: str, run: Run, values: Sequence[float], theirs: str) -> str:
         return ""
     if optimizer == "sgdm":
         return "; the larger rate and the one target, tested in `nfa_rates.py`, `nfa_targets.py`"
-    return "; open: for Adam a shorter run is another one" if optimizer == "adam" else "; open"
+    return "; open: not the early rate (`nfa_rates.py`)" if optimizer == "adam" else "; open"
 
 
 if __name__ == "__main__":
