@@ -10,6 +10,7 @@ from feature_probe.errors import (
     VerificationError,
 )
 from feature_probe.estimate import Estimate
+from feature_probe.initialization import balanced_init_
 from feature_probe.layers.embeddings import EmbeddingRule
 from feature_probe.layers.rules import (
     ConvRule,
@@ -67,6 +68,7 @@ __all__ = [
     "TransposedLinearRule",
     "Verification",
     "VerificationError",
+    "balanced_init_",
     "egop",
     "measure",
     "principal_angles",

@@ -17,6 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "schedules": {"errors"},
     "models": {"errors"},
+    "initialization": {"errors"},
     # The mathematics: tensors in, tensors out.
     "theory.": {"errors", "theory."},
     # How optimizers decay weights.

@@ -126,6 +126,8 @@ class Experiment:
         self.fast: bool = self.options.fast
         self.seeds = range(self.options.seeds or (1 if self.fast else seeds))
         self.results = Results(Path(script).stem, doc.splitlines()[0].rstrip("."), self.fast)
+        #: Minutes of earlier runs whose results are used again.
+        self.spent = 0.0
         self._start = time.process_time()
         mpl.rcParams.update(STYLE)
 
@@ -135,7 +137,7 @@ class Experiment:
 
     def finish(self, figure: Figure) -> Results:
         """Write figure and numbers, and print them."""
-        self.results.minutes = (time.process_time() - self._start) / 60
+        self.results.minutes = self.spent + (time.process_time() - self._start) / 60
         self.options.out.mkdir(parents=True, exist_ok=True)
         name = self.results.name + ("_fast" if self.fast else "")
         figure.savefig(self.options.out / f"{name}.png")

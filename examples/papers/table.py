@@ -17,6 +17,11 @@ OPTIONS = {
     "centered_fig7": "centered_fig2.py --decay 1",
     "centered_fig8": "centered_fig2.py --decay 2",
     "fact_fig11_depth": "fact_fig11.py --depth {}",
+    "nfa_fig2": "nfa_fig2.py --shorter 10 --stored 1",
+    "nfa_fig3": "nfa_fig3.py --shorter 20 --stored 1",
+    "nfa_fig4_plain": "nfa_fig4.py --shorter 100 --plain 1",
+    "nfa_fig8": "nfa_fig8.py --shorter 10",
+    "nfa_tables_rank5": "nfa_tables.py --shorter 20 --stored 1",
 }
 
 
