@@ -34,28 +34,33 @@ BACKWARD = {
     "benfa^1": "beNFA",
     "benfa^0.5": "√beNFA",
 }
+#: A colour and a line for each quantity, the same on both sides.
+STYLES = dict(zip(FORWARD, zip(COLORS, LINES, strict=True), strict=True))
+STYLES |= {label: STYLES[label[1:]] for label in BACKWARD}
 
 
 def main(argv: Sequence[str] | None = None) -> Results:
     """Show one network by layer."""
-    run = experiment(__file__, __doc__, argv, seeds=1)
+    run = experiment(__file__, __doc__, argv, seeds=3)
     found = networks(run)
     setting = found[0].setting
     run.results.name += f"_{setting.options}"
     run.results.title = f"FACT paper, Fig. 2 and 9: {describe(setting)}"
-    run.row("loss at the end", "", [network.loss for network in found])
+    run.row("loss at the end, in thousandths", "", [1e3 * network.loss for network in found])
     for label, name in (FORWARD | BACKWARD).items():
         run.row(f"layer 1: Pearson's r of {name}", "", [n.pearson(label)[0] for n in found])
         run.row(f"{name}, lowest over layers", "", [_lowest(n, label) for n in found])
     figure, grid = axes(1, 2)
     for axis, shown, gram in zip(grid[0], (FORWARD, BACKWARD), ("WᵀW", "WWᵀ"), strict=True):
-        for (label, name), color, line in zip(shown.items(), COLORS, LINES, strict=False):
+        for label, name in shown.items():
+            color, line = STYLES[label]
             by_layer = zip(*(network.pearson(label) for network in found), strict=True)
             values = [statistics.fmean(scores) for scores in by_layer]
             layers = range(1, len(values) + 1)
             axis.plot(layers, values, linestyle=line, color=color, marker="o", ms=3, label=name)
         axis.set(xlabel="layer", ylabel=f"Pearson's r with {gram}", xticks=list(layers))
-        axis.legend(fontsize=7)
+        axis.set(ylim=(min(0.0, axis.get_ylim()[0]), 1.03))
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(describe(setting), fontsize=9)
     return run.finish(figure, sum(network.minutes for network in found))
 

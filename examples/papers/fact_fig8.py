@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fact_fig2 import BACKWARD, FORWARD
+from fact_fig2 import BACKWARD, FORWARD, STYLES
 from fact_mlp import describe, experiment, networks
-from paper_lab import COLORS, LINES, Results, axes
+from paper_lab import Results, axes
 
 LAYERS = 3
 
@@ -33,12 +33,13 @@ def main(argv: Sequence[str] | None = None) -> Results:
     figure, grid = axes(2, LAYERS, width=2.5, height=2.2)
     for row, shown in zip(grid, (FORWARD, BACKWARD), strict=True):
         for layer, axis in enumerate(row):
-            for (label, name), color, line in zip(shown.items(), COLORS, LINES, strict=False):
+            for label, name in shown.items():
+                color, line = STYLES[label]
                 epochs, values = found[0].series(layer, label)
                 axis.plot(epochs, values, linestyle=line, color=color, label=name)
             axis.set(title=f"layer {layer + 1}", ylim=(-0.1, 1.05))
         row[0].set(ylabel=f"Pearson's r with {'WᵀW' if shown is FORWARD else 'WWᵀ'}")
-        row[-1].legend(fontsize=6, loc="lower right")
+        row[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     for axis in grid[-1]:
         axis.set(xlabel="epoch")
     figure.suptitle(describe(setting), fontsize=9)

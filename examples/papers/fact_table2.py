@@ -30,7 +30,10 @@ MNIST = {
     5000: (0.995, 1.000, 0.924, 0.917),
     60000: (0.999, 1.000, 0.909, 0.903),
 }
+AGES = (0.1, 0.3, 1, 3, 10)
 CIFAR = {True: (0.830, 0.929, 0.793, 0.797), False: (0.896, 0.943, 0.722, 0.714)}
+#: What the legend says of the readings.
+NOTES = ("", ", error summed", ", standardised")
 
 
 def printed(setting: Setting) -> dict[str, float]:
@@ -63,8 +66,12 @@ def main(argv: Sequence[str] | None = None) -> Results:
             _draw(grid[0, index], setting, values, paper.get(label, math.nan))
     for axis, label in zip(grid[0], LABELS, strict=True):
         axis.set(title=FORWARD[label], xlabel="decay age", xscale="log", ylim=(0, 1.03))
+        axis.set_xticks(AGES, [f"{age:g}" for age in AGES])
+        axis.minorticks_off()
     grid[0, 0].set(ylabel="Pearson's r with WᵀW, layer 1")
-    grid[0, -1].legend(*_legend(groups.values()), fontsize=6, loc="lower right")
+    grid[0, -1].legend(
+        *_legend(groups.values()), fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5)
+    )
     return run.finish(figure, minutes)
 
 
@@ -74,21 +81,24 @@ def _order(group: list[Trained]) -> tuple[Any, ...]:
 
 
 def _why(group: list[Trained]) -> str:
-    """Decay age, loss, and what decay alone would have left of the initial WᵀW."""
+    """Seeds, loss, and what decay alone would have left of the initial WᵀW."""
     age = group[0].setting.age
     worst = max(network.worst for network in group)
     left = math.exp(-2 * age)
-    return f"decay alone leaves {left:.1%} of the initial WᵀW; largest loss of a batch {worst:.0e}"
+    return (
+        f"{len(group)} seed{'s' * (len(group) > 1)}; decay alone leaves {left:.1%} of the initial "
+        f"WᵀW; largest loss of a batch {worst:.0e}"
+    )
 
 
 def _style(setting: Setting) -> dict[str, Any]:
-    """Colour by n, shape by hidden layers, filled where the width is the paper's."""
+    """Colour by n, shape by hidden layers and reading, filled where the width is the paper's."""
     sizes = [*MNIST, 50000]
     color = COLORS[sizes.index(setting.points) if setting.points in sizes else -1]
     full = setting.width == (3072 if setting.cifar else 1024)
     return {
         "color": color,
-        "marker": "o" if setting.hidden == 3 else "s",
+        "marker": "^v"[setting.reading - 1] if setting.reading else "os"[setting.hidden == 5],
         "markerfacecolor": color if full else "none",
         "linestyle": "none",
         "markersize": 4,
@@ -107,7 +117,7 @@ def _legend(groups: Any) -> tuple[list[Any], list[str]]:
     for group in sorted(groups, key=_order):
         setting = group[0].setting
         data = "CIFAR-10" if setting.cifar else f"n = {setting.points:,}"
-        name = f"{data}, {setting.hidden} × {setting.width}"
+        name = f"{data}, {setting.hidden} × {setting.width}{NOTES[setting.reading]}"
         entries[name] = Line2D([], [], **_style(setting))
     entries["printed"] = Line2D([], [], color="black", linestyle="--", linewidth=0.8)
     return list(entries.values()), list(entries)
