@@ -3,9 +3,9 @@
 f(x) = aᵀ(Wx)², width 10, y = τ·x₁x₂ + x₃x₄, x uniform on {0, 1, 2}⁴ with probability p and
 (1, 1, 0, 0) otherwise, τ = 0.02, p = λ = 1e-5, Adam with learning rate 0.01, 10⁶ iterations on the
 population loss (§6). The loss has (λ/2)‖θ‖² in it (§2); Adam's `weight_decay` adds its gradient.
-What Adam leaves is compared with the minimisers (L-BFGS from four starts, all of which must come to
-the same loss) as printed and at smaller λ and p, with the same networks of Adam after a learning
-rate that went to zero over 10 % more iterations, and with those of Adam at a smaller λ.
+What Adam leaves is compared with the minimisers (the best of four starts of L-BFGS, whose losses
+are given) as printed and at smaller λ and p, with the same networks of Adam after a learning rate
+that went to zero over 10 % more iterations, and with those of Adam at a smaller λ.
 
     python examples/papers/fact_fig7.py            # 5 seeds, minutes on one core: 5
     python examples/papers/fact_fig7.py --fast
@@ -28,13 +28,13 @@ from feature_probe import Report, measure
 TAU, WIDTH, RATE = 0.02, 10, 0.01
 PRINTED, LESS = (1e-5, 1e-5), (1e-5, 1e-6)
 OSCILLATES = (
-    "a reading at random of an oscillation, between the lowest and the highest below: Adam at a fixed "
-    "learning rate does not come to rest; with a learning rate that goes to 0 it does (below)"
+    "a reading at random of an oscillation, between the lowest and the highest below: Adam at a "
+    "fixed learning rate does not come to rest; with a learning rate that goes to 0 it does (below)"
 )
 RANK = (
-    "where W has rank 1, WᵀW and AGOP are multiples of one wwᵀ whatever is learned; at the printed λ "
-    "rank 1 is the minimum (the same L_λ from Adam at rest and from every start of L-BFGS), and with "
-    "less decay rank 3, where the two separate"
+    "where W has rank 1, WᵀW and AGOP are multiples of one wwᵀ whatever is learned; at the printed "
+    "λ rank 1 is the minimum (the same L_λ from Adam at rest and from every start of L-BFGS), and "
+    "with less decay rank 3, where the two separate"
 )
 #: (p, λ) of the minimisers: as printed, and less decay.
 SETTINGS = (PRINTED, (1e-5, 3e-6), LESS, (1e-5, 1e-7), (1e-6, 1e-7))
