@@ -102,6 +102,12 @@ def test_relu_networks_agree_with_fact_once_decay_has_had_time(networks: Path) -
 def test_fact_comes_late_and_its_symmetrisation_early(networks: Path) -> None:
     """FACT rises at the end of the cosine schedule; before it the symmetrised one is far above."""
     _, found = run(fact_fig8, networks)
+    files = set((networks / "fact_runs").iterdir())
+    _, by_layer = run(fact_fig2, networks)  # reads it: a network that is followed serves all
+    assert set((networks / "fact_runs").iterdir()) == files
+    assert (
+        by_layer["layer 1: Pearson's r of FACT"] == found["layer 1, FACT after all of the epochs"]
+    )
     assert (
         found["layer 1, FACT after all of the epochs"]
         > 0.2 + (found["layer 1, FACT after a tenth of the epochs"])

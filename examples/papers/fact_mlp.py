@@ -183,7 +183,7 @@ def kept(folder: Path) -> Iterator[Trained]:
 
 
 def trained(setting: Setting, x: Tensor, y: Tensor, folder: Path) -> Trained:
-    """One network: read if it is in ``folder``, else trained and written there.
+    """One network: read if it is in ``folder``, followed or not, else trained and written there.
 
     Args:
         setting: Which.
@@ -191,7 +191,9 @@ def trained(setting: Setting, x: Tensor, y: Tensor, folder: Path) -> Trained:
         y: Their classes, ``[N]``.
         folder: Where files of networks are.
     """
-    path = folder / f"{setting.name}.json"
+    path = folder / f"{replace(setting, followed=True).name}.json"
+    if not path.exists():
+        path = folder / f"{setting.name}.json"
     if not path.exists():
         found = _train(setting, x, y)
         data = asdict(found) | {"report": found.report.to_dict()}
