@@ -225,6 +225,15 @@ def test_the_table_is_made_of_the_results_in_the_repository() -> None:
     )
 
 
+def test_a_result_names_the_command_that_makes_it() -> None:
+    """The options are in its name."""
+    assert (
+        table.command("fact_fig2_points5000_width256") == "fact_fig2.py --points 5000 --width 256"
+    )
+    assert table.command("fact_fig11_depth3") == "fact_fig11.py --depth 3"
+    assert table.command("fact_table2") == "fact_table2.py"
+
+
 def test_a_row_says_its_mean_and_spread() -> None:
     """Over seeds the standard deviation; of one seed the value alone."""
     assert Row("x", "", [1.0, 2.0, 3.0]).ours == "2.000 ± 1.000"
