@@ -105,7 +105,9 @@ class Experiment:
         doc: Its docstring.
         argv: Arguments; None: the command line's.
         seeds: How many of them, if not given.
-        choices: Options of its own, integers: their values, the first of them if not given.
+        data: What `--data` gives the folder of; "": there is no such option.
+        choices: Options of its own, integers: their values, the first of them if not given; of a
+            single value: any number.
     """
 
     def __init__(
@@ -114,14 +116,18 @@ class Experiment:
         doc: str,
         argv: Sequence[str] | None,
         seeds: int = 5,
+        data: str = "",
         **choices: Sequence[int],
     ) -> None:
         parser = argparse.ArgumentParser(description=doc.splitlines()[0])
         parser.add_argument("--fast", action="store_true", help="a small setting, for the tests")
         parser.add_argument("--seeds", type=int, default=None, help=f"{seeds} if not given")
         parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results")
+        if data:
+            parser.add_argument("--data", type=Path, default=None, help=f"folder of {data}")
         for name, values in choices.items():
-            parser.add_argument(f"--{name}", type=int, choices=values, default=values[0])
+            allowed = values if len(values) > 1 else None
+            parser.add_argument(f"--{name}", type=int, choices=allowed, default=values[0])
         self.options = parser.parse_args(argv)
         self.fast: bool = self.options.fast
         self.seeds = range(self.options.seeds or (1 if self.fast else seeds))
@@ -135,9 +141,15 @@ class Experiment:
         """Add a number."""
         self.results.rows.append(Row(what, paper, [float(value) for value in values], why))
 
-    def finish(self, figure: Figure) -> Results:
-        """Write figure and numbers, and print them."""
-        self.results.minutes = self.spent + (time.process_time() - self._start) / 60
+    def finish(self, figure: Figure, minutes: float | None = None) -> Results:
+        """Write figure and numbers, and print them.
+
+        Args:
+            figure: The figure.
+            minutes: What the numbers took, where they were not all computed now.
+        """
+        elapsed = self.spent + (time.process_time() - self._start) / 60
+        self.results.minutes = elapsed if minutes is None else minutes
         self.options.out.mkdir(parents=True, exist_ok=True)
         name = self.results.name + ("_fast" if self.fast else "")
         figure.savefig(self.options.out / f"{name}.png")

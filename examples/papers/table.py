@@ -6,13 +6,15 @@ python examples/papers/table.py
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from paper_lab import RESULTS, Row
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
-#: Scripts whose results' names are not their own, by what the names begin with: the options.
+#: Scripts whose results' names are not their own, by what the names begin with: the options. In the
+#: place of {options} comes what the rest of the name says, points1000_hidden3 as options.
 OPTIONS = {
     "centered_fig7": "centered_fig2.py --decay 1",
     "centered_fig8": "centered_fig2.py --decay 2",
@@ -22,6 +24,8 @@ OPTIONS = {
     "nfa_fig4_plain": "nfa_fig4.py --shorter 100 --plain 1",
     "nfa_fig8": "nfa_fig8.py --shorter 10",
     "nfa_tables_rank5": "nfa_tables.py --shorter 20 --stored 1",
+    "fact_fig2_": "fact_fig2.py {options}",
+    "fact_fig8_": "fact_fig8.py {options}",
 }
 
 
@@ -29,7 +33,9 @@ def command(name: str) -> str:
     """What to call for a result."""
     for start, call in OPTIONS.items():
         if name.startswith(start):
-            return call.format(name.removeprefix(start))
+            rest = name.removeprefix(start)
+            options = re.sub(r"([a-z]+)(\d+)", r"--\1 \2", rest).replace("_", " ")
+            return call.format(rest, options=options)
     return f"{name}.py"
 
 
