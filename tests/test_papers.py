@@ -128,6 +128,9 @@ def test_the_mean_jacobian_is_taken_out_of_k() -> None:
         assert found[centered_training.SPREAD] == pytest.approx(cosine, abs=1e-9)
         share = 1 - np.trace(spread) / np.trace(whole)
         assert found[centered_training.MEAN_SHARE] == pytest.approx(share, abs=1e-9)
+        moved = change @ (rows.mean(0) @ change) / np.linalg.norm(rows.mean(0) @ change)
+        along = (moved**2).sum() / (change**2).sum()
+        assert found[centered_training.GRAM_SHARE] == pytest.approx(along, abs=1e-9)
 
 
 def test_report_and_mean_jacobian_are_of_the_same_weights() -> None:

@@ -11,7 +11,7 @@ subject of centered_dip.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from centered_training import (
     LAYERS,
@@ -19,6 +19,8 @@ from centered_training import (
     SPREAD,
     TEST,
     TRAIN,
+    Curves,
+    Setting,
     apart,
     draw,
     last,
@@ -37,6 +39,11 @@ _DIP = (
     "makes: with Cov(J) = K − J̄J̄ᵀ in its place (next row) there is none. One change at a time: "
     "centered_dip.py"
 )
+_OTHERS = (
+    "at s = 1 of its own W₀ is most of layer 2's W, whatever the first layer: with a smaller one "
+    "(1/3: PyTorch's own; next rows) the difference is larger"
+)
+OTHERS = {"1/3": 1 / 3, "0.1": 0.1}
 
 
 def main(argv: Sequence[str] | None = None) -> Results:
@@ -80,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> Results:
         if i == 1:
             what = f"layer 1, init-centred, with Cov(J) for K: lowest, {among}, any step"
             run.row(what, "", lowest(stable, layer, SPREAD))
+    if decay == 0:
+        _sensitivity(run, found)
     for name, runs in found.items():
         run.row(f"test loss, {name}: at the end", "", last(runs, "", TEST))
     figure, grid = axes(2, 3)
@@ -95,6 +104,26 @@ def main(argv: Sequence[str] | None = None) -> Results:
     grid[1, 2].set_xlabel("time, in steps of 0.05")
     grid[0, 2].legend(fontsize=7)
     return run.finish(figure)
+
+
+def _sensitivity(run: Experiment, found: Mapping[str, Sequence[Curves]]) -> None:
+    """What the first layer's scale does to layer 2, by the scale of the layers after the first."""
+    large = "s = 1" if run.fast else "s = 1, rate 0.01"
+    pairs = {"": (found[large], found["s = 0.01"])}
+    for text, others in OTHERS.items():
+        settings = Setting(1.0, others=others), Setting(0.01, others=others)
+        large_runs, small_runs = (
+            [train(seed, setting, ("nfa",), fast=run.fast) for seed in run.seeds]
+            for setting in settings
+        )
+        pairs[f", other layers' s = {text}"] = large_runs, small_runs
+    for text, (large_runs, small_runs) in pairs.items():
+        ends = zip(
+            last(small_runs, LAYERS[1], "nfa"), last(large_runs, LAYERS[1], "nfa"), strict=True
+        )
+        what = f"layer 2, uncentred, s = 0.01 less s = 1: at the end{text}"
+        paper = "" if text else "extremely sensitive"
+        run.row(what, paper, [small - great for small, great in ends], "" if text else _OTHERS)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ TIMES = (0, 5, 10, 20, 40, 60, 80, 100, 150, 200, 400, 800)
 TIMES_FAST = (0, 20, 50, 100)
 #: Names of curves of the network, and of a layer's that no relation of the probe has.
 TRAIN, TEST = "train loss", "test loss"
-SPREAD, MEAN_SHARE = "init_centered_nfa, Cov(J) for K", "share of the mean J"
+SPREAD = "init_centered_nfa, Cov(J) for K"
+MEAN_SHARE, GRAM_SHARE = "mean J in tr W̄ᵀKW̄", "its direction in tr W̄ᵀW̄"
 
 #: What a figure takes from a report about a layer, by name; W̄ᵀJ̄ of that layer is the third.
 Read = Callable[[Report, str, Tensor], Mapping[str, float]]
@@ -103,14 +104,20 @@ def cosines(report: Report, layer: str, _: Tensor) -> dict[str, float]:
 
 
 def apart(report: Report, layer: str, mean_change: Tensor) -> dict[str, float]:
-    """Besides the cosines, that of W̄ᵀCov(J)W̄ and the share of J̄J̄ᵀ = K − Cov(J) in tr W̄ᵀKW̄."""
+    """Besides the cosines, that of W̄ᵀCov(J)W̄, and what the mean Jacobian makes of either side.
+
+    K = Cov(J) + J̄J̄ᵀ, so that v = W̄ᵀJ̄ adds vvᵀ to W̄ᵀKW̄: its share of the trace there, and that of
+    the direction v in W̄ᵀW̄. Undefined at W̄ = 0.
+    """
     gram = report.matrix(layer, "init_centered_nfm")
     agop = report.matrix(layer, "init_centered_nfa", 1.0)
     spread = agop - torch.outer(mean_change, mean_change)
+    along = mean_change @ gram @ mean_change / mean_change.square().sum()
     return {
         **cosines(report, layer, mean_change),
-        SPREAD: float((gram * spread).sum() / gram.norm() / spread.norm()),
-        MEAN_SHARE: float(1 - spread.trace() / agop.trace()),
+        SPREAD: ((gram * spread).sum() / gram.norm() / spread.norm()).item(),
+        MEAN_SHARE: (1 - spread.trace() / agop.trace()).item(),
+        GRAM_SHARE: (along / gram.trace()).item(),
     }
 
 
