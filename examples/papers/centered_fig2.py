@@ -31,13 +31,14 @@ from paper_lab import Experiment, Results, axes
 
 NAMES = {"nfa": "uncentred", "init_centered_nfa": "init-centred"}
 _UNSTABLE = (
-    "the loss jumps from 0.96 to 7 at step 3: at s = 1 the rate of 0.05 is beyond stability, and "
-    "the jump is in W − W₀; at 0.01 (next row) it does not, and the score stays"
+    "the loss jumps from 1.3 to 9 and more by step 3: at s = 1 the rate of 0.05 is beyond "
+    "stability, and the jump is in W − W₀; at 0.01 (next row) it does not, and the score stays"
 )
 _DIP = (
-    "the paper prints curves, no numbers. The dip is in the part J̄J̄ᵀ of K that the mean Jacobian "
-    "makes: with Cov(J) = K − J̄J̄ᵀ in its place (next row) there is none. One change at a time: "
-    "centered_dip.py"
+    "the paper prints curves, no numbers, and says 'especially high early'. The dip is in the part "
+    "J̄J̄ᵀ of K that the mean Jacobian makes: with Cov(J) = K − J̄J̄ᵀ in its place (next row) there is "
+    "none. One change at a time: centered_dip.py. Smallest at s = 0.0001, Fig. 1's scale of 0.01 "
+    "read as a factor of the standard deviation"
 )
 _OTHERS = (
     "at s = 1 of its own W₀ is most of layer 2's W, whatever the first layer: with a smaller one "
