@@ -43,8 +43,8 @@ class Change:
 CHANGES = {
     "as in Fig. 2, s = 0.1": Change(
         _BASE,
-        "at first v is most of both sides. Then W̄ᵀW̄ turns to the target while W̄ᵀKW̄ does not, as "
-        "J̄J̄ᵀ is K's largest part: the score falls (time 60, last rows), until K has turned too",
+        "at first v is the largest direction of both sides. Then W̄ᵀW̄ turns to the target while "
+        "W̄ᵀKW̄ stays, as J̄J̄ᵀ is K's largest part: the score falls (last rows), until K turns too",
     ),
     "rate 0.01, as long": Change(replace(_BASE, rate=0.01), "not the size of the steps"),
     "1,024 points": Change(
@@ -53,10 +53,10 @@ CHANGES = {
     ),
     "mirrored points, Σ y x = 0": Change(
         replace(_BASE, mirrored=True),
-        "without a linear part of the labels nothing falls: lowest is where the others end",
+        "without a linear part of the labels there is no dip: lowest is its slow end",
     ),
     "labels of deviation 0.3": Change(
-        replace(_BASE, labels=0.3), "falls as much and stays: K hardly turns for smaller labels"
+        replace(_BASE, labels=0.3), "falls as much and stays: with smaller labels K turns less"
     ),
     "GELU": Change(replace(_BASE, activation=nn.GELU), "not the kinks of ReLU"),
     "other layers' s = 1/3": Change(
