@@ -43,8 +43,9 @@ class Change:
 CHANGES = {
     "as in Fig. 2, s = 0.1": Change(
         _BASE,
-        "at first v is the largest direction of both sides. Then W̄ᵀW̄ turns to the target while "
-        "W̄ᵀKW̄ stays, as J̄J̄ᵀ is K's largest part: the score falls (last rows), until K turns too",
+        "at first v = W̄ᵀJ̄ is the largest direction of both sides. Then W̄ᵀW̄ turns to the target "
+        "while W̄ᵀKW̄ stays, as J̄ is K's first eigenvector, with ten times the second eigenvalue at "
+        "the start: the score falls (last rows), until K turns too",
     ),
     "rate 0.01, as long": Change(replace(_BASE, rate=0.01), "not the size of the steps"),
     "1,024 points": Change(

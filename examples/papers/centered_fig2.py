@@ -37,8 +37,8 @@ _UNSTABLE = (
 _DIP = (
     "the paper prints curves, no numbers, and says 'especially high early'. The dip is in the part "
     "J̄J̄ᵀ of K that the mean Jacobian makes: with Cov(J) = K − J̄J̄ᵀ in its place (next row) there is "
-    "none. One change at a time: centered_dip.py. The dip is smallest at s = 0.0001: Fig. 1's scale "
-    "of 0.01 read as a factor of the standard deviation"
+    "none. One change at a time: centered_dip.py. The dip is smallest at s = 0.0001: 0.01 in "
+    "Fig. 1 read as a factor of the standard deviation"
 )
 _OTHERS = (
     "at s = 1 of its own W₀ is most of layer 2's W, whatever the first layer: with a smaller one "
