@@ -9,14 +9,24 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from feature_probe import measure
 
 pytest.importorskip("matplotlib")
 
+import centered_dip
 import centered_fig1
 import centered_fig2
 import centered_fig3
+import centered_fig4
+import centered_fig5
 import centered_fig6
+import centered_training
 import cifar
 import fact_fig2
 import fact_fig7
@@ -24,10 +34,8 @@ import fact_fig8
 import fact_fig11
 import fact_mlp
 import fact_table2
-import numpy as np
 import table
-import torch
-from paper_lab import Results, Row
+from paper_lab import Results, Row, mlp
 
 
 def run(script: ModuleType, out: Path, *options: str) -> tuple[Results, dict[str, float]]:
@@ -133,6 +141,99 @@ def test_the_inputs_have_the_spectrum_of_the_text(start: int) -> None:
     values = torch.linalg.eigvals(stretched).real.square().sort(descending=True).values / 2
     expected = torch.tensor([1 / (1 + k**2) for k in range(start, start + 5)]).double()
     torch.testing.assert_close(values, expected)
+
+
+def test_without_the_mean_jacobian_the_score_does_not_fall(tmp_path: Path) -> None:
+    """Under every change Cov(J) in the place of K gives a higher lowest score."""
+    _, found = run(centered_dip, tmp_path)
+    changes = [what.removesuffix(": at the end") for what in found if what.endswith("at the end")]
+    assert len(changes) == 2
+    for change in changes:
+        assert found[f"{change}, Cov(J) for K: lowest"] > found[f"{change}: lowest"] + 0.02
+        assert found[f"{change}: at the end"] >= found[f"{change}: lowest"]
+
+
+def test_the_change_of_the_jacobians_matters_late_and_from_small_weights(tmp_path: Path) -> None:
+    """Fig. 4's ratio is small early and where the initial weights are large."""
+    _, found = run(centered_fig4, tmp_path)
+    large, small = "s = 1, rate 0.01", "s = 0.0001"
+    for layer in (1, 2):
+        early = {s: found[f"layer {layer}, {s}: at time 20"] for s in (large, small)}
+        assert 0 < early[large] < 0.2
+        assert early[large] < early[small] / 2
+        assert found[f"layer {layer}, {large}: at the end"] > 2 * early[large]
+
+
+def test_the_ptk_centred_score_decreases(tmp_path: Path) -> None:
+    """Fig. 5: in both layers and spectra, from every scale run."""
+    _, found = run(centered_fig5, tmp_path)
+    early = {what: value for what, value in found.items() if "at time" in what}
+    assert len(early) == 8
+    for what, value in early.items():
+        assert found[what.partition(":")[0] + ": at the end"] < value - 0.03
+
+
+def test_the_mean_jacobian_is_taken_out_of_k() -> None:
+    """Cosine and share against J example by example, J by autograd, Cov(J) by numpy."""
+    torch.manual_seed(0)
+    model = mlp((5, 7, 6, 1)).double()
+    initial = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.randn(30, 5, dtype=torch.float64)
+    y = x[:, :1] * x[:, 1:2]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    for _ in range(20):
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+    report = measure(
+        model, [(x, y)], F.mse_loss, relations="init_centered_nfa", powers=1.0,
+        initial_weights=initial, progress=False,
+    )  # fmt: skip
+    for layer in centered_training.LAYERS:
+        index = int(layer)
+        z = model[: index + 1](x).detach()
+        rows = np.stack(
+            [torch.autograd.functional.jacobian(model[index + 1 :], one)[0].numpy() for one in z]
+        )
+        change = (model[index].weight - initial[f"{layer}.weight"]).detach().numpy()
+        gram = change.T @ change
+        spread = change.T @ np.cov(rows.T, bias=True) @ change
+        whole = change.T @ (rows.T @ rows / len(rows)) @ change
+        mean = centered_training.mean_jacobian(model, index, x)
+        assert np.allclose(mean, rows.mean(0), rtol=1e-12, atol=0)
+        mean_change = torch.as_tensor(change).T @ mean
+        found = centered_training.apart(report, layer, mean_change)
+        cosine = (gram * spread).sum() / np.linalg.norm(gram) / np.linalg.norm(spread)
+        assert found[centered_training.SPREAD] == pytest.approx(cosine, abs=1e-9)
+        share = 1 - np.trace(spread) / np.trace(whole)
+        assert found[centered_training.MEAN_SHARE] == pytest.approx(share, abs=1e-9)
+        moved = change @ (rows.mean(0) @ change) / np.linalg.norm(rows.mean(0) @ change)
+        along = (moved**2).sum() / (change**2).sum()
+        assert found[centered_training.GRAM_SHARE] == pytest.approx(along, abs=1e-9)
+
+
+def test_report_and_mean_jacobian_are_of_the_same_weights() -> None:
+    """In a linear network every J is the mean, so that K less its part is nothing at all times."""
+    setting = centered_training.Setting(0.1, activation=nn.Identity)
+    found = centered_training.train(
+        0, setting, ("init_centered_nfa",), fast=True, read=centered_training.apart
+    )
+    for layer in centered_training.LAYERS:
+        shares = found[layer, centered_training.MEAN_SHARE][1:]
+        assert [time for time, _ in shares] == list(centered_training.TIMES_FAST[1:])
+        assert all(share == pytest.approx(1, abs=1e-5) for _, share in shares)
+
+
+def test_mirrored_points_have_no_linear_part() -> None:
+    """Σ y x = 0 over the training points; y is even. Labels have standard deviation 1."""
+    x, y = centered_training.data(64, mirrored=True)
+    assert x.shape == (64 + 2048, 32)
+    assert (x[:64].T @ y[:64]).abs().max() < 1e-4
+    assert y[:64].std().item() == pytest.approx(1, abs=1e-5)
+    x, y = centered_training.data(64, decay=2)
+    assert (x[:64].T @ y[:64]).abs().max() > 0.1
+    values = torch.linalg.eigvalsh(torch.cov(x.T)).flip(0)
+    assert torch.allclose(values[:3], 1 / (1 + torch.arange(3.0) ** 2), rtol=0.15)
 
 
 def test_deep_linear_networks_agree_with_fact(tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
 """C-NFA paper, Fig. 2, 7 and 8: NFA and init-centred NFA over training and initial scale.
 
-Chain monomial of rank 5, 256 points in 32 dimensions, two hidden ReLU layers of width 256, no bias,
-800 steps of full batches at learning rate 0.05; the first layer's initial variance s/k is varied
-(App. H; the paper names no values of s). Fig. 2: isotropic inputs. Fig. 7 and 8: a random
-eigenbasis with eigenvalues 1/(1 + k) and 1/(1 + k²). The probe sits in the training loop.
+256 points, and what centered_training.py says. Fig. 2: isotropic inputs. Fig. 7 and 8: a random
+eigenbasis with eigenvalues 1/(1 + k) and 1/(1 + k²). Why the score of the first layer dips is the
+subject of centered_dip.py.
 
     python examples/papers/centered_fig2.py                # Fig. 2: isotropic, 3 seeds
     python examples/papers/centered_fig2.py --decay 1      # Fig. 7; 2: Fig. 8
@@ -12,136 +11,120 @@ eigenbasis with eigenvalues 1/(1 + k) and 1/(1 + k²). The probe sits in the tra
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import torch
-from paper_lab import COLORS, LINES, Experiment, Results, axes, chain_monomial, initialise, mlp
-from torch.nn import functional as F
-
-from feature_probe import FeatureProbe, Report
-
-#: Initial scale s and learning rate. At s = 1 the printed rate is beyond stability, so that a
-#: smaller one, for as much longer, is run as well.
-SETTINGS = {
-    "s = 1": (1.0, 0.05),
-    "s = 1, rate 0.01": (1.0, 0.01),
-    "s = 0.3": (0.3, 0.05),
-    "s = 0.1": (0.1, 0.05),
-    "s = 0.01": (0.01, 0.05),
-}
-_UNSTABLE = (
-    "the loss jumps from 0.96 to 7 at step 3: at s = 1 the rate of 0.05 is beyond stability, and "
-    "the jump is in W − W₀; at 0.01 (next row) it does not, and the score stays"
+from centered_training import (
+    LAYERS,
+    SCALES,
+    SPREAD,
+    TEST,
+    TRAIN,
+    Curves,
+    Setting,
+    apart,
+    draw,
+    last,
+    lowest,
+    train,
 )
-LAYERS = ("0", "2")
+from paper_lab import Experiment, Results, axes
+
 NAMES = {"nfa": "uncentred", "init_centered_nfa": "init-centred"}
-_OPEN = "the paper prints curves, no numbers; why layer 1 dips to a half is not explained yet"
-Curves = dict[tuple[str, str], list[tuple[int, float]]]
-
-
-class Keep:
-    """A sink that keeps the cosines."""
-
-    def __init__(self) -> None:
-        self.curves: Curves = {}
-
-    def write(self, report: Report) -> None:
-        """Keep one report's."""
-        for record in report.records:
-            key = record.layer, record.relation
-            self.curves.setdefault(key, []).append((report.step, record.cosine))
-
-    def close(self) -> None:
-        """Nothing."""
-
-
-def inputs(points: int, decay: int) -> torch.Tensor:
-    """Gaussian, isotropic or with eigenvalues 1/(1 + k^decay) in a random basis."""
-    x = torch.randn(points, 32)
-    if decay == 0:
-        return x
-    basis = torch.linalg.qr(torch.randn(32, 32)).Q
-    return x * (1 / (1 + torch.arange(32.0) ** decay)).sqrt() @ basis.T
-
-
-def train(seed: int, setting: str, decay: int, fast: bool) -> Curves:
-    """The curves of one network, by the time in steps at the rate of 0.05."""
-    torch.manual_seed(seed)
-    points, width, steps, every = (64, 24, 100, 50) if fast else (256, 256, 800, 20)
-    scale, rate = SETTINGS[setting]
-    longer = round(0.05 / rate)
-    x = inputs(points, decay)
-    y = chain_monomial(x)
-    y = y / y.std()
-    model = mlp((32, width, width, 1))
-    initialise(model, scale)
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-    kept = Keep()
-    with FeatureProbe(
-        model, optimizer=optimizer, every=every * longer, window=1, relations=tuple(NAMES),
-        powers=1.0, include=LAYERS, jacobian="exact", sinks=[kept], strict=True,
-    ):  # fmt: skip
-        for _ in range(steps * longer + 1):
-            optimizer.zero_grad()
-            loss = F.mse_loss(model(x).squeeze(1), y)
-            loss.backward()
-            optimizer.step()
-    return {
-        key: [(step // longer, value) for step, value in curve]
-        for key, curve in kept.curves.items()
-    }
+_UNSTABLE = (
+    "the loss jumps from 1.3 to 9 and more by step 3: at s = 1 the rate of 0.05 is beyond "
+    "stability, and the jump is in W − W₀; at 0.01 (next row) it does not, and the score stays"
+)
+_DIP = (
+    "the paper prints curves, no numbers, and says 'especially high early'. The dip is in the part "
+    "J̄J̄ᵀ of K that the mean Jacobian makes: with Cov(J) = K − J̄J̄ᵀ in its place (next row) there is "
+    "none. One change at a time: centered_dip.py. The dip is smallest at s = 0.0001: 0.01 in "
+    "Fig. 1 read as a factor of the standard deviation"
+)
+_OTHERS = (
+    "at s = 1 of its own W₀ is most of layer 2's W, whatever the first layer: with a smaller one "
+    "(1/3: PyTorch's own; next rows) the difference is larger"
+)
+OTHERS = {"1/3": 1 / 3, "0.1": 0.1}
 
 
 def main(argv: Sequence[str] | None = None) -> Results:
     """Run all seeds and scales."""
     run = Experiment(__file__, __doc__, argv, seeds=3, decay=(0, 1, 2))
     decay = run.options.decay
-    figure_number = {0: "2", 1: "7", 2: "8"}[decay]
-    run.results.name = f"centered_fig{figure_number}"
-    run.results.title = f"C-NFA paper, Fig. {figure_number}: (init-centred) NFA over training"
-    settings = list(SETTINGS)[::4] if run.fast else list(SETTINGS)
-    found = {s: [train(seed, s, decay, run.fast) for seed in run.seeds] for s in settings}
-    for layer, number in zip(LAYERS, (1, 2), strict=True):
-        for relation, name in NAMES.items():
-            for setting in settings:
-                last = [curves[layer, relation][-1][1] for curves in found[setting]]
-                unstable = decay == 0 and setting == "s = 1" and name == "init-centred"
-                why = _UNSTABLE if unstable and number == 2 and not run.fast else ""
-                run.row(f"layer {number}, {name}, {setting}: at the end", "", last, why)
-        lowest = {
-            relation: [
-                min(
-                    value
-                    for s in settings
-                    if s != "s = 1" or run.fast
-                    for step, value in found[s][i][layer, relation]
-                    if step and math.isfinite(value)
+    number = {0: "2", 1: "7", 2: "8"}[decay]
+    run.results.name = f"centered_fig{number}"
+    run.results.title = f"C-NFA paper, Fig. {number}: (init-centred) NFA over training"
+    names = list(SCALES)[::4] if run.fast else list(SCALES)
+    found = {
+        name: [
+            train(seed, SCALES[name], tuple(NAMES), decay=decay, fast=run.fast, read=apart)
+            for seed in run.seeds
+        ]
+        for name in names
+    }
+    stable = {name: runs for name, runs in found.items() if run.fast or name != "s = 1"}
+    for i, layer in enumerate(LAYERS, 1):
+        for relation, title in NAMES.items():
+            for name, runs in found.items():
+                unstable = (decay, i, name, title, run.fast) == (
+                    0,
+                    2,
+                    "s = 1",
+                    "init-centred",
+                    False,
                 )
-                for i in range(len(run.seeds))
-            ]
-            for relation in NAMES
-        }
-        for relation, name in NAMES.items():
-            paper = "high throughout" if relation == "init_centered_nfa" else "low at the start"
-            among = "any setting" if run.fast else "any setting but the first"
-            what = f"layer {number}, {name}: lowest, {among}, any step"
-            open_still = number == 1 and relation == "init_centered_nfa" and not run.fast
-            run.row(what, paper, lowest[relation], _OPEN if open_still else "")
-    figure, grid = axes(2, 2)
+                why = _UNSTABLE if unstable else ""
+                run.row(
+                    f"layer {i}, {title}, {name}: at the end", "", last(runs, layer, relation), why
+                )
+        among = "any setting" if run.fast else "any setting but the first"
+        for relation, title, paper in (
+            ("nfa", "uncentred", "low at the start"),
+            ("init_centered_nfa", "init-centred", "high throughout"),
+        ):
+            what = f"layer {i}, {title}: lowest, {among}, any step"
+            dips = (i, decay, relation, run.fast) == (1, 0, "init_centered_nfa", False)
+            run.row(what, paper, lowest(stable, layer, relation), _DIP if dips else "")
+        if i == 1:
+            what = f"layer 1, init-centred, with Cov(J) for K: lowest, {among}, any step"
+            run.row(what, "", lowest(stable, layer, SPREAD))
+    if decay == 0:
+        _sensitivity(run, found)
+    for name, runs in found.items():
+        run.row(f"test loss, {name}: at the end", "", last(runs, "", TEST))
+    figure, grid = axes(2, 3)
     for i, layer in enumerate(LAYERS):
-        for j, (relation, name) in enumerate(NAMES.items()):
-            for setting, color, line in zip(settings, COLORS, LINES, strict=False):
-                curves = [dict(c[layer, relation]) for c in found[setting]]
-                steps = sorted(curves[0])
-                mean = [statistics.fmean(c[step] for c in curves) for step in steps]
-                grid[i, j].plot(steps, mean, color=color, linestyle=line, label=setting)
-            grid[i, j].set(title=f"layer {i + 1}, {name} NFA", ylim=(0, 1.02))
+        for j, (relation, title) in enumerate(NAMES.items()):
+            draw(grid[i, j], found, layer, relation)
+            grid[i, j].set(title=f"layer {i + 1}, {title} NFA", ylim=(0, 1.02))
             grid[1, j].set_xlabel("time, in steps of 0.05")
         grid[i, 0].set_ylabel("cosine")
-    grid[1, 0].legend()
+    for axis, name in zip(grid[:, 2], (TRAIN, TEST), strict=True):
+        draw(axis, found, "", name, scaled=True)
+        axis.set(title=f"{name}, over its maximum", ylim=(0, 1.02))
+    grid[1, 2].set_xlabel("time, in steps of 0.05")
+    grid[0, 2].legend(fontsize=7)
     return run.finish(figure)
+
+
+def _sensitivity(run: Experiment, found: Mapping[str, Sequence[Curves]]) -> None:
+    """What the first layer's scale does to layer 2, by the scale of the layers after the first."""
+    large = "s = 1" if run.fast else "s = 1, rate 0.01"
+    pairs = {"": (found[large], found["s = 0.01"])}
+    for text, others in OTHERS.items():
+        settings = Setting(1.0, others=others), Setting(0.01, others=others)
+        large_runs, small_runs = (
+            [train(seed, setting, ("nfa",), fast=run.fast) for seed in run.seeds]
+            for setting in settings
+        )
+        pairs[f", other layers' s = {text}"] = large_runs, small_runs
+    for text, (large_runs, small_runs) in pairs.items():
+        ends = zip(
+            last(small_runs, LAYERS[1], "nfa"), last(large_runs, LAYERS[1], "nfa"), strict=True
+        )
+        what = f"layer 2, uncentred, s = 0.01 less s = 1: at the end{text}"
+        paper = "" if text else "extremely sensitive"
+        run.row(what, paper, [small - great for small, great in ends], "" if text else _OTHERS)
 
 
 if __name__ == "__main__":

@@ -183,9 +183,9 @@ def mlp(widths: Sequence[int], activation: type[nn.Module] | None = nn.ReLU) -> 
     return nn.Sequential(*(layers if activation is None else layers[:-1]))
 
 
-def initialise(model: nn.Module, first: float) -> None:
-    """W_ij ~ N(0, s/k), k the inputs, s = 1 but for the first layer (C-NFA paper, §2)."""
+def initialise(model: nn.Module, first: float, others: float = 1.0) -> None:
+    """W_ij ~ N(0, s/k), k the inputs, with s for the first layer and the others (C-NFA, §2)."""
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     for index, linear in enumerate(linears):
-        scale = first if index == 0 else 1.0
+        scale = first if index == 0 else others
         nn.init.normal_(linear.weight, std=math.sqrt(scale / linear.in_features))
