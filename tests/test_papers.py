@@ -35,7 +35,7 @@ import fact_fig11
 import fact_mlp
 import fact_table2
 import table
-from paper_lab import Results, Row, mlp
+from paper_lab import Experiment, Results, Row, mlp
 
 
 def run(script: ModuleType, out: Path, *options: str) -> tuple[Results, dict[str, float]]:
@@ -398,12 +398,19 @@ def test_the_table_is_made_of_the_results_in_the_repository() -> None:
 
 
 def test_a_result_names_the_command_that_makes_it() -> None:
-    """The options are in its name."""
-    assert (
-        table.command("fact_fig2_points5000_width256") == "fact_fig2.py --points 5000 --width 256"
-    )
-    assert table.command("fact_fig11_depth3") == "fact_fig11.py --depth 3"
-    assert table.command("fact_table2") == "fact_table2.py"
+    """The options that its numbers depend on, where they are not the defaults."""
+
+    def command(*options: str) -> str:
+        given = Experiment(
+            "there/fact.py", "Title.", options, data="CIFAR", depth=(2, 3), width=(64,),
+            stored=(0, 1),
+        )  # fmt: skip
+        return given.results.command
+
+    assert command() == "fact.py"
+    assert command("--depth", "2", "--out", "elsewhere", "--stored", "1") == "fact.py"
+    assert command("--seeds", "2", "--depth", "3") == "fact.py --seeds 2 --depth 3"
+    assert command("--width", "7", "--data", "/some/place") == "fact.py --width 7 --data ROOT"
 
 
 def test_a_row_says_its_mean_and_spread() -> None:

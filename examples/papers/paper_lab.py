@@ -13,7 +13,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +27,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).resolve().parent / "results"
+#: Options that choose what is shown of the numbers, not the numbers.
+_SHOWING = ("stored",)
 #: Okabe and Ito's colours, told apart by the colour-blind; with these line styles also in print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
@@ -76,6 +78,7 @@ class Results:
     Attributes:
         name: The script's.
         title: Paper and figure.
+        command: The script with its options, which finds the same again.
         fast: Whether at the small setting.
         rows: The numbers.
         minutes: How long it took, of one core.
@@ -83,6 +86,7 @@ class Results:
 
     name: str
     title: str
+    command: str
     fast: bool
     rows: list[Row] = field(default_factory=list)
     minutes: float = math.nan
@@ -131,11 +135,22 @@ class Experiment:
         self.options = parser.parse_args(argv)
         self.fast: bool = self.options.fast
         self.seeds = range(self.options.seeds or (1 if self.fast else seeds))
-        self.results = Results(Path(script).stem, doc.splitlines()[0].rstrip("."), self.fast)
+        title = doc.splitlines()[0].rstrip(".")
+        command = " ".join([Path(script).name, *self._given({"seeds": (None,), **choices})])
+        self.results = Results(Path(script).stem, title, command, self.fast)
         #: Minutes of earlier runs whose results are used again.
         self.spent = 0.0
         self._start = time.process_time()
         mpl.rcParams.update(STYLE)
+
+    def _given(self, defaults: Mapping[str, Sequence[int | None]]) -> list[str]:
+        """The options that the numbers depend on, where they are not the defaults."""
+        given = [
+            f"--{name} {getattr(self.options, name)}"
+            for name, values in defaults.items()
+            if name not in _SHOWING and getattr(self.options, name) != values[0]
+        ]
+        return [*given, "--data ROOT"] if getattr(self.options, "data", None) else given
 
     def row(self, what: str, paper: str, values: Sequence[float], why: str = "") -> None:
         """Add a number."""
