@@ -6,7 +6,9 @@ python examples/papers/table.py
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from paper_lab import RESULTS, Row
 
@@ -15,28 +17,55 @@ BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 
 
 def table(folder: Path = RESULTS) -> str:
-    """One section a result: its rows, command and minutes."""
-    sections = []
-    for path in sorted(folder.glob("*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["fast"]:
-            continue
-        rows = [Row(**row) for row in found["rows"]]
-        lines = [
-            f"### {found['title']}",
-            "",
-            f"`python examples/papers/{found['command']}`, {found['minutes']:.1f} minutes on "
-            f"one core, {len(rows[0].values)} seed{'s' * (len(rows[0].values) > 1)}",
-            "",
-            "| | paper | ours | why it differs |",
-            "|---|---|---|---|",
-            *(f"| {row.what} | {row.paper} | {row.ours} | {row.why} |" for row in rows),
-        ]
-        picture = path.with_suffix(".png")
-        if picture.exists():
-            lines += ["", f"![{found['title']}](papers/results/{picture.name})"]
-        sections.append("\n".join(lines))
-    return "\n\n".join(sections)
+    """An overview, and one section a result: its command, rows and picture.
+
+    Rows that say neither what a paper has nor why a number differs are folded away.
+    """
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    full = [one for one in found if not one["fast"]]
+    overview = ["| result | command in `examples/papers` | minutes of a core |", "|---|---|---|"]
+    for one in full:
+        link = f"[{one['title']}](#{_anchor(one['title'])})"
+        overview.append(f"| {link} | `{one['command']}` | {one['minutes']:.1f} |")
+    return "\n\n".join(["\n".join(overview), *(_section(one, folder) for one in full)])
+
+
+def _section(found: dict[str, Any], folder: Path) -> str:
+    rows = [Row(**row) for row in found["rows"]]
+    seeds = len(rows[0].values)
+    parts = [
+        f"### {found['title']}",
+        f"`python examples/papers/{found['command']}`, {found['minutes']:.1f} minutes of a core, "
+        f"{seeds} seed{'s' * (seeds > 1)}",
+    ]
+    told = [row for row in rows if row.paper or row.why]
+    rest = [row for row in rows if not (row.paper or row.why)]
+    if told:
+        parts.append(
+            _rows(
+                ("", "paper", "ours", "why it differs"),
+                [(row.what, row.paper, row.ours, row.why) for row in told],
+            )
+        )
+    picture = folder / f"{found['name']}.png"
+    if picture.exists():
+        parts.append(f"![{found['title']}](papers/results/{picture.name})")
+    if rest:
+        numbers = _rows(("", "ours"), [(row.what, row.ours) for row in rest])
+        summary = f"<summary>{len(rest)} more numbers</summary>"
+        parts.append(f"<details>{summary}\n\n{numbers}\n\n</details>")
+    return "\n\n".join(parts)
+
+
+def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _anchor(title: str) -> str:
+    """GitHub's name of a heading."""
+    kept = "".join(char for char in title.lower() if char.isalnum() or char in " -_")
+    return kept.replace(" ", "-")
 
 
 def main() -> None:
