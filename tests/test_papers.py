@@ -277,18 +277,12 @@ def test_fact_comes_late_and_its_symmetrisation_early(networks: Path) -> None:
     files = set((networks / "fact_runs").iterdir())
     _, by_layer = run(fact_fig2, networks)  # reads it: a network that is followed serves all
     assert set((networks / "fact_runs").iterdir()) == files
-    assert (
-        by_layer["layer 1: Pearson's r of FACT"] == found["layer 1, FACT after all of the epochs"]
-    )
-    assert (
-        found["layer 1, FACT after all of the epochs"]
-        > 0.2 + (found["layer 1, FACT after a tenth of the epochs"])
-    )
+    final = found["layer 1, FACT after all of the epochs"]  # of a curve: kept to five digits
+    assert abs(by_layer["layer 1: Pearson's r of FACT"] - final) < 1e-5
+    assert final > found["layer 1, FACT after a tenth of the epochs"] + 0.2
     for when in ("a tenth", "half"):
-        assert (
-            found[f"layer 1, √(FACT·FACTᵀ) after {when} of the epochs"]
-            > 0.1 + (found[f"layer 1, FACT after {when} of the epochs"])
-        )
+        fact = found[f"layer 1, FACT after {when} of the epochs"]
+        assert found[f"layer 1, √(FACT·FACTᵀ) after {when} of the epochs"] > fact + 0.1
 
 
 def test_decay_age_of_a_cosine_schedule() -> None:

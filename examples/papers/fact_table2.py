@@ -3,7 +3,8 @@
 Trains the networks of the options (see fact_mlp.py), or reads them, and makes the table of all
 whose files are in OUT/fact_runs: as printed, and at other numbers of epochs and widths. What
 differs most between them is the decay age Σ ηλ/(1 − μ), how often decay alone would have shrunk the
-initial weights e-fold; the figure has the scores by it, and the printed ones as lines.
+initial weights e-fold; the figure has the scores by it, and the printed ones as lines. "MSE" is
+read as the mean over all entries, PyTorch's own; ``--reading 1`` sums it over classes.
 
     python examples/papers/fact_table2.py                  # n = 1,000, 3 seeds; minutes: 2 a seed
     python examples/papers/fact_table2.py --points 5000 --seeds 1
