@@ -91,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> Results:
     if decay == 0:
         _sensitivity(run, found)
     for name, runs in found.items():
-        run.row(f"test loss, {name}: at the end", "", last(runs, "", TEST))
+        paper = "lower for smaller s" if decay else ""
+        run.row(f"test loss, {name}: at the end", paper, last(runs, "", TEST))
     figure, grid = axes(2, 3)
     for i, layer in enumerate(LAYERS):
         for j, (relation, title) in enumerate(NAMES.items()):
