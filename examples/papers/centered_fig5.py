@@ -21,8 +21,9 @@ from feature_probe import Report
 PTK, SPREAD = "ptk_centered_nfa", "ptk_centered_nfa, covariance"
 SPECTRA = {0: "isotropic", 2: "1/(1 + k²)"}
 _RISES = (
-    "falls at once, before the paper's first reading at time 5, and then rises a little with what "
-    "the mean of J − J⁰ adds to K̄: with its covariance (next rows) it decreases"
+    "falls within the first steps, mostly before the paper's first reading at time 5, and rises "
+    "later, though not to where it was, with what the mean of J − J⁰ adds to K̄: with the "
+    "covariance in its place (next rows) it falls to its end"
 )
 
 
