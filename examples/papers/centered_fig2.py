@@ -5,7 +5,7 @@ eigenbasis with eigenvalues 1/(1 + k) and 1/(1 + k²). Why the score of the firs
 subject of centered_dip.py.
 
     python examples/papers/centered_fig2.py                # Fig. 2: isotropic, 3 seeds
-    python examples/papers/centered_fig2.py --decay 1      # Fig. 7; 2: Fig. 8
+    python examples/papers/centered_fig2.py --decay 1      # Fig. 7; 2: Fig. 8 (--seeds 2 here)
     python examples/papers/centered_fig2.py --fast
 """
 
