@@ -30,10 +30,25 @@ TRAIN, TEST = "train loss", "test loss"
 SPREAD = "init_centered_nfa, Cov(J) for K"
 MEAN_SHARE, GRAM_SHARE = "mean J in tr W̄ᵀKW̄", "its direction in tr W̄ᵀW̄"
 
-#: What a figure takes from a report about a layer, by name; W̄ᵀJ̄ of that layer is the third.
-Read = Callable[[Report, str, Tensor], Mapping[str, float]]
 #: Layer ("" for the network) and name, to (time, value) pairs.
 Curves = dict[tuple[str, str], list[tuple[int, float]]]
+
+
+@dataclass(frozen=True)
+class OfMean:
+    """What the mean Jacobian adds, as vvᵀ, to a layer's predicted matrices, each ``[d_in]``.
+
+    Attributes:
+        changed: v = W̄ᵀJ̄, in W̄ᵀKW̄.
+        initial: v = W₀ᵀ(J̄ − J̄⁰), in W₀ᵀK̄W₀.
+    """
+
+    changed: Tensor
+    initial: Tensor
+
+
+#: What a figure takes from a report about a layer, by name.
+Read = Callable[[Report, str, OfMean], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,7 @@ class Keep:
 
     def __init__(self, read: Read, longer: int) -> None:
         self.curves: Curves = {}
-        self.mean_change: dict[str, Tensor] = {}  # W̄ᵀJ̄ by layer, of the step reported next
+        self.of_mean: dict[str, OfMean] = {}  # by layer, of the step reported next
         self._read, self._longer = read, longer
 
     def add(self, layer: str, name: str, step: int, value: float) -> None:
@@ -91,19 +106,19 @@ class Keep:
     def write(self, report: Report) -> None:
         """Keep what one report says."""
         for layer in LAYERS:
-            for name, value in self._read(report, layer, self.mean_change[layer]).items():
+            for name, value in self._read(report, layer, self.of_mean[layer]).items():
                 self.add(layer, name, report.step, value)
 
     def close(self) -> None:
         """Nothing."""
 
 
-def cosines(report: Report, layer: str, _: Tensor) -> dict[str, float]:
+def cosines(report: Report, layer: str, _: OfMean) -> dict[str, float]:
     """The cosines of all relations, by their names."""
     return {r.relation: r.cosine for r in report.records if r.layer == layer}
 
 
-def apart(report: Report, layer: str, mean_change: Tensor) -> dict[str, float]:
+def apart(report: Report, layer: str, of_mean: OfMean) -> dict[str, float]:
     """Besides the cosines, that of W̄ᵀCov(J)W̄, and what the mean Jacobian makes of either side.
 
     K = Cov(J) + J̄J̄ᵀ, so that v = W̄ᵀJ̄ adds vvᵀ to W̄ᵀKW̄: its share of the trace there, and that of
@@ -111,10 +126,11 @@ def apart(report: Report, layer: str, mean_change: Tensor) -> dict[str, float]:
     """
     gram = report.matrix(layer, "init_centered_nfm")
     agop = report.matrix(layer, "init_centered_nfa", 1.0)
-    spread = agop - torch.outer(mean_change, mean_change)
-    along = mean_change @ gram @ mean_change / mean_change.square().sum()
+    v = of_mean.changed
+    spread = agop - torch.outer(v, v)
+    along = v @ gram @ v / v.square().sum()
     return {
-        **cosines(report, layer, mean_change),
+        **cosines(report, layer, of_mean),
         SPREAD: ((gram * spread).sum() / gram.norm() / spread.norm()).item(),
         MEAN_SHARE: (1 - spread.trace() / agop.trace()).item(),
         GRAM_SHARE: (along / gram.trace()).item(),
@@ -150,6 +166,14 @@ def mean_jacobian(model: nn.Sequential, layer: int, x: Tensor) -> Tensor:
     return gradient.mean(0)
 
 
+def of_mean(model: nn.Sequential, before: nn.Sequential, name: str, x: Tensor) -> OfMean:
+    """What the mean Jacobian adds to a layer's predicted matrices as the network stands."""
+    weight = model.get_parameter(f"{name}.weight").detach().double()
+    initial = before.get_parameter(f"{name}.weight").detach().double()
+    now, then = (mean_jacobian(m, int(name), x).double() for m in (model, before))
+    return OfMean((weight - initial).T @ now, initial.T @ (now - then))
+
+
 def train(
     seed: int,
     setting: Setting,
@@ -158,16 +182,28 @@ def train(
     decay: int = 0,
     fast: bool = False,
     read: Read = cosines,
+    also: Sequence[int] = (),
 ) -> Curves:
-    """The curves of one network: what is read from its reports, and its losses at those times."""
+    """The curves of one network: what is read from its reports, and its losses at those times.
+
+    Args:
+        seed: Of data and initial weights.
+        setting: What is varied.
+        relations: What the probe measures.
+        decay: Of the inputs' spectrum, see :func:`data`.
+        fast: A small network for a short time.
+        read: What is kept of a report.
+        also: Times of reports besides the usual ones.
+    """
     torch.manual_seed(seed)
     points, width, times = (64, 24, TIMES_FAST) if fast else (setting.points, 256, TIMES)
+    times = sorted({*times, *also})
     longer = round(RATE / setting.rate)
     x, y = data(points, decay, setting.mirrored)
     y = y * setting.labels
     model = mlp((32, width, width, 1), setting.activation)
     initialise(model, setting.scale, setting.others)
-    initial = copy.deepcopy(model.state_dict())
+    before = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=setting.rate)
     due = at(time * longer for time in times)
     kept = Keep(read, longer)
@@ -182,10 +218,7 @@ def train(
                     errors = (model(x).squeeze(1) - y).square()
                 kept.add("", TRAIN, step, errors[:points].mean().item())
                 kept.add("", TEST, step, errors[points:].mean().item())
-                for name in LAYERS:
-                    mean = mean_jacobian(model, int(name), x[:points])
-                    change = model.get_parameter(f"{name}.weight") - initial[f"{name}.weight"]
-                    kept.mean_change[name] = (change.detach().T @ mean).double()
+                kept.of_mean = {name: of_mean(model, before, name, x[:points]) for name in LAYERS}
             optimizer.zero_grad()
             F.mse_loss(model(x[:points]).squeeze(1), y[:points]).backward()
             optimizer.step()
