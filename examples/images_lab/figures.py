@@ -73,13 +73,20 @@ def fact_by_age(outcomes: Sequence[Outcome]) -> Figure:
             for at in outcome.frozen
         ]
         halves = [0.0, _age_at(outcome, outcome.frozen[1].equalities.step), ages[-1]]
-        axis.plot(halves, frozen, "o", color=COLORS[1], fillstyle="none", label="frozen, median")
+        axis.plot(
+            halves,
+            frozen,
+            "o",
+            color=COLORS[1],
+            fillstyle="none",
+            label="gradient FACT, frozen: median",
+        )
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(
             title=f"{TITLES[outcome.setting.name]}: {NAMES[name]}", ylim=(-0.6, 1.05),
             xlabel="decay age",
         )  # fmt: skip
-        axis.legend(loc="lower right")
+        axis.legend(loc="lower right", fontsize=7)
     grid[0][0].set_ylabel("cosine; dark: first layers")
     return figure
 
@@ -100,7 +107,7 @@ def curves(outcomes: Sequence[Outcome]) -> Figure:
                 _curve(axis, outcome, name, color, line)
             axis.axhline(0, color="black", linewidth=0.8)
             axis.set(ylim=(-0.6, 1.05), title=f"{title}")
-            axis.legend(fontsize=6.5, loc="lower right", handlelength=2.5)
+            axis.legend(fontsize=6.5, loc="best", handlelength=2.5, frameon=True, framealpha=0.7)
         row[0].set_ylabel(
             f"{TITLES[outcome.setting.name]}\nchance = 0, agreement = 1", fontsize=7.5
         )
@@ -126,7 +133,7 @@ def _scores(outcome: Outcome, index: int, name: str) -> list:
 def heatmaps(outcomes: Sequence[Outcome]) -> Figure:
     """Cosine by layer and report, the level by chance at the right; hatched: says nothing."""
     names = ("", "nfa", "enfa", "init_centered_nfa", "ptk_centered_nfa", "update_alignment_speed")
-    figure, grid = axes(len(outcomes), len(names), width=2.3, height=2.7)
+    figure, grid = axes(len(outcomes), len(names), width=2.0, height=2.5)
     colors = mpl.colormaps["viridis"].with_extremes(bad="0.85")
     for row, outcome in zip(grid, outcomes, strict=True):
         for axis, name in zip(row, names, strict=True):
@@ -177,7 +184,7 @@ def onsets(outcomes: Sequence[Outcome]) -> Figure:
             )  # fmt: skip
         axis.set_yticks(range(len(layers)), layers, fontsize=6)
         axis.set_xscale("symlog", linthresh=0.1)
-        axis.set(title=TITLES[outcome.setting.name], xlabel="decay age at onset", xlim=(-0.01, 8))
+        axis.set(title=TITLES[outcome.setting.name], xlabel="decay age at onset", xlim=(-0.01, 6))
         axis.set_ylim(len(layers) - 0.4, -0.6)
         axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.4, -0.15), ncols=2)
     return figure

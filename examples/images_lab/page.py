@@ -13,7 +13,6 @@ from images_lab.results import age, counts, lead, leads, median, onset, record
 from images_lab.training import Frozen, Outcome
 
 BEGIN, END = "<!-- {}: made by images_study.py -->", "<!-- end -->"
-LOOP_ONLY = ("update_fact", "update_bfact", "update_alignment_speed")
 
 
 def write_page(outcomes: Sequence[Outcome], path: Path) -> None:
@@ -180,9 +179,76 @@ def direction(outcomes: Sequence[Outcome]) -> str:
     return _table(["frozen weights", *_titles(outcomes)], rows)
 
 
+def fact(outcomes: Sequence[Outcome]) -> str:
+    """FACT over decay age, by what becomes of it; frozen weights in the last columns."""
+    rows = []
+    for o in outcomes:
+        last = o.loop[-1]
+        free = ("none", "unknown")
+        scaled = [x for x in last.layers if last.diagnosis(x).scale_invariance not in free]
+        others = [x for x in last.layers if x not in scaled]
+        for which, layers in (("before BatchNorm", scaled), ("other layers", others)):
+            if not layers:
+                continue
+            names = ("fact",) if o.setting.optimizer == "sgd" else ("fact", "update_fact")
+            for name in names:
+                cells = [
+                    _number(median(record(report, x, name).cosine for x in layers))
+                    for report in o.loop
+                ]
+                frozen = [
+                    _number(median(record(at.equalities, x, name).cosine for x in layers))
+                    if name == "fact" else "–" for at in o.frozen[1:]
+                ]  # fmt: skip
+                where = f"{TITLES[o.setting.name]}, {len(layers)} {which}, `{name}`"
+                rows.append([where, *cells, *frozen])
+    ages = [f"age {age(report):.2g}" for report in outcomes[0].loop]
+    return _table(["median cosine", *ages, "frozen, half-way", "frozen, end"], rows)
+
+
+def rest(outcomes: Sequence[Outcome]) -> str:
+    """How far the layers are from rest at the end, on all training images."""
+    rows = []
+    for o in outcomes:
+        at = o.frozen[-1].equalities
+        found = [record(at, layer, "fact") for layer in at.layers]
+        off = [r.stationarity for r in found]
+        near = min(found, key=lambda r: r.stationarity)
+        rows.append(
+            [
+                TITLES[o.setting.name], _number(median(off)),
+                f"`{near.layer}`: {_number(near.stationarity)}, cosine {_number(near.cosine)}",
+            ]
+        )  # fmt: skip
+    return _table(["frozen, end", "median ‖λW + G‖/‖λW‖", "least, and FACT there"], rows)
+
+
+def power(outcomes: Sequence[Outcome]) -> str:
+    """The power of AGOPˢ that fits best at the end of training."""
+    rows = []
+    for name in ("nfa", "enfa", "bnfa"):
+        cells = []
+        for o in outcomes:
+            at = o.frozen[-1].others
+            found = [record(at, layer, name) for layer in at.layers]
+            found = [r for r in found if counts(r) and not math.isnan(r.fitted_power)]
+            powers = [r.fitted_power for r in found]
+            cells.append(
+                f"{_number(median(powers))}, from {_number(min(powers, default=math.nan))} to "
+                f"{_number(max(powers, default=math.nan))}, {len(found)} layers; cosine "
+                f"{_number(median(r.fitted_cosine for r in found))} (s = 1: "
+                f"{_number(median(r.cosine for r in found))})"
+            )
+        rows.append([f"`{name}`", *cells])
+    return _table(["frozen, end: ŝ", *_titles(outcomes)], rows)
+
+
 TABLES: dict[str, Callable[[Sequence[Outcome]], str]] = {
     "runs": runs,
     "untrained": untrained,
+    "fact": fact,
+    "rest": rest,
+    "power": power,
     "verdicts": verdicts,
     "over training": over_training,
     "onset": onsets,
