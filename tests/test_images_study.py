@@ -79,8 +79,9 @@ def test_onset_is_the_first_report_of_the_last_unbroken_lead(small: Outcome) -> 
     """A lead that is lost again does not count; one that never comes is None."""
     base = small.loop[-1]
     low = replace(
-        record(base, "stem", "nfa"), verdict="aligned", shared_weight_cosine=0.5, chance_spread=0.01
-    )
+        record(base, "stem", "nfa"), verdict="aligned", shared_weight_cosine=0.5,
+        chance_spread=0.01, chance_arctanh_spread=math.nan,
+    )  # fmt: skip
 
     def report(step: int, cosine: float) -> object:
         return replace(base, step=step, records=[replace(low, cosine=cosine)])
@@ -93,6 +94,9 @@ def test_onset_is_the_first_report_of_the_last_unbroken_lead(small: Outcome) -> 
     assert leads(replace(low, cosine=0.56))
     assert not leads(replace(low, cosine=0.54))  # less than a tenth of the way from 0.5 to 1
     assert not leads(replace(low, cosine=0.56, chance_spread=0.02))  # three spreads
+    arctanh = math.atanh(0.9) - math.atanh(0.5)
+    assert leads(replace(low, cosine=0.9, chance_arctanh_spread=arctanh / 4.1))
+    assert not leads(replace(low, cosine=0.9, chance_arctanh_spread=arctanh / 3.9))
 
 
 def test_the_script_draws_and_saves(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def onsets(outcomes: Sequence[Outcome]) -> Figure:
     figure, grid = axes(1, len(outcomes), width=3.6, height=3.6)
     for axis, outcome in zip(grid[0], outcomes, strict=True):
         layers = outcome.loop[0].layers
-        names = (equality(outcome), "nfa", "enfa", "init_centered_nfa", "ptk_centered_nfa")
+        names = (equality(outcome), "nfa", "bnfa", "init_centered_nfa", "ptk_centered_nfa")
         for k, (name, color, marker) in enumerate(zip(names, COLORS, "osD^v", strict=False)):
             found = [onset(outcome.loop, layer, name) for layer in layers]
             points = [(age(r), i + 0.14 * (k - 2)) for i, r in enumerate(found) if r is not None]

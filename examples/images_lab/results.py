@@ -83,8 +83,12 @@ def lead(found: Record) -> float:
 
 def leads(found: Record) -> bool:
     """Whether a score is clearly above its level by chance, the same rule for all relations."""
-    above = found.cosine - found.level_by_chance
-    return lead(found) >= 0.1 and above >= SPREADS * found.chance_spread
+    above, spread = found.cosine - found.level_by_chance, found.chance_spread
+    if not math.isnan(found.chance_arctanh_spread):  # near 1 chance scatters evenly on this scale
+        nearly = 1 - 1e-12
+        above = math.atanh(min(found.cosine, nearly)) - math.atanh(found.level_by_chance)
+        spread = found.chance_arctanh_spread
+    return lead(found) >= 0.1 and above >= SPREADS * spread
 
 
 def counts(found: Record) -> bool:
