@@ -15,7 +15,7 @@ pytest.importorskip("timm")
 
 import images_study
 from images_lab import page
-from images_lab.results import age, leads, load, onset, record, save
+from images_lab.results import age, counts, leads, load, median, onset, record, save
 from images_lab.training import Outcome, Setting, build, build_optimizer, train
 from mnist import load_mnist
 
@@ -137,3 +137,27 @@ def test_the_page_is_made_of_the_saved_results() -> None:
     assert all((path.parent / picture).exists() for picture in pictures)
     with pytest.raises(ValueError, match="the page has no"):
         page.filled("", [load(saved) for saved in SAVED])
+
+
+def test_what_the_page_claims_is_in_the_saved_results() -> None:
+    """No untrained score is clear of chance; BatchNorm, PTK and the power as the page says."""
+    plain, normed, vit = (load(saved) for saved in SAVED)
+    for outcome in (plain, normed, vit):
+        start, last = outcome.frozen[0].others, outcome.loop[-1]
+        tested = [record(start, x, name) for x in start.layers for name in ("nfa", "enfa", "bnfa")]
+        assert not any(leads(r) for r in tested if counts(r))
+        assert age(last) > 3
+        assert all(onset(outcome.loop, x, "ptk_centered_nfa") is None for x in last.layers)
+        at = outcome.frozen[-1].others
+        assert 0.4 < median(record(at, x, "nfa").fitted_power for x in at.layers) < 0.7
+    at, last = normed.frozen[-1].equalities, normed.loop[-1]
+    scaled = [x for x in last.layers if record(last, x, "fact").verdict == "not applicable"]
+    assert len(scaled) == 7
+    assert all(abs(record(at, x, "fact").cosine) < 0.1 for x in scaled)
+    middle = normed.loop[5]
+    assert median(record(middle, x, "fact").cosine for x in scaled) > 0.2
+    head = record(vit.frozen[-1].equalities, "head", "fact")
+    assert head.cosine > 0.9
+    assert head.stationarity > 0.9
+    found = [onset(vit.loop, x, "init_centered_nfa") for x in vit.loop[-1].layers]
+    assert len([r for r in found if r is not None]) == 6
