@@ -67,8 +67,11 @@ def main(argv: Sequence[str] | None = None) -> Results:
     def first(relation: str, power: float | None = None) -> list[float]:
         return [report.record("0", relation, power).cosine for report in reports]
 
-    run.row("layer 1: cosine of FACT", "≥ 0.999", first("fact"))
     layers = reports[0].layers
+    after = min(r.record("0", "fact").cosine for r in calmed)
+    noise = f"the noise of minibatches: {after:.4f} after the slower epochs"
+    short = min(first("fact")) < 0.999 <= after
+    run.row("layer 1: cosine of FACT", "≥ 0.999", first("fact"), noise if short else "")
     lowest = [min(r.record(layer, "fact").cosine for layer in layers) for r in reports]
     run.row("lowest cosine of FACT over all layers", "", lowest)
     lowest = [min(r.record(layer, "fact").cosine for layer in layers) for r in calmed]
