@@ -110,7 +110,7 @@ def test_report_round_trip() -> None:
     text = json.dumps(report.to_dict(), allow_nan=False)
     back = Report.from_dict(json.loads(text))
     assert back.step == report.step == 17
-    assert len(back.records) == len(report.records) == 3 * (6 + 2 * 6)
+    assert len(back.records) == len(report.records) == 3 * (6 + 2 * 10)
     assert all(same(a, b) for a, b in zip(back.records, report.records, strict=True))
     assert back.coverage == report.coverage
     assert back.settings == report.settings
@@ -181,6 +181,7 @@ def test_select() -> None:
     }
     assert [r.relation for r in report.select("3", power=0.5)] == [
         "nfa", "enfa", "bnfa", "benfa", "init_centered_nfa", "init_centered_enfa",
+        "double_centered_nfa", "ptk_centered_nfa", "alignment_speed", "update_alignment_speed",
     ]  # fmt: skip
     assert report.select(layer="nowhere") == []
 
@@ -225,8 +226,8 @@ def test_matrices() -> None:
     torch.testing.assert_close(report.matrix("3", "nfm"), weight.T @ weight)
     torch.testing.assert_close(report.matrix("3", "bnfm"), weight @ weight.T)
     for kind, relation in RELATIONS.items():
-        if relation.needs == "update":
-            continue
+        if relation.needs == "update" or relation.basis == "motion":
+            continue  # frozen weights take no step
         forward = relation.side == "forward"
         assert report.matrix("3", kind).shape == ((8, 8) if forward else (5, 5))
         assert report.matrix("0", kind).shape == ((2, 3, 3) if forward else (2, 2, 2))
