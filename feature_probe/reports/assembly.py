@@ -108,7 +108,8 @@ class Assembler:
         """
         self.decay.refresh()
         # a matrix that is not measured may lie between the layers
-        chain = {} if depths is None or self._unseen() else depths
+        unseen = self._unseen() if depths else []
+        chain = {} if depths is None or unseen else depths
         records: list[Record] = []
         diagnoses: list[Diagnosis] = []
         statistics_by_layer: dict[str, LayerStatistics] = {}
@@ -146,7 +147,7 @@ class Assembler:
             ()
             if self.structuring is None
             else self.structuring.layers(
-                statistics_by_layer, records, depths or {}, coverage, self.on_fault
+                statistics_by_layer, records, depths or {}, unseen, self.on_fault
             )
         )
         return Report(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from feature_probe.layers.targets import Target
-from feature_probe.reports.coverage import Coverage
 from feature_probe.reports.record import Record
 from feature_probe.reports.scoring import OnFault, fault_status
 from feature_probe.reports.structure import (
@@ -64,7 +63,7 @@ class Structuring:
         statistics: Mapping[str, LayerStatistics],
         records: Sequence[Record],
         depths: Mapping[str, int],
-        coverage: Coverage,
+        unseen: Sequence[str],
         on_fault: OnFault,
     ) -> list[LayerStructure]:
         """The structure of every layer, in the order of ``statistics``.
@@ -76,10 +75,10 @@ class Structuring:
             statistics: W and the normalised sums by layer.
             records: The layers' records, for why a relation has no score.
             depths: Where the layers are a chain: the number of each from the output.
-            coverage: Which matrices are measured: one that is not may lie between the layers.
+            unseen: Matrices of which nothing is measured: one may lie between the layers.
             on_fault: Called with what failed and where; may raise it.
         """
-        numbers, reason = self._depths(depths, coverage)
+        numbers, reason = self._depths(depths, unseen)
         successors = {depth: layer for layer, depth in numbers.items()}
         found = []
         for layer, own in statistics.items():
@@ -108,12 +107,11 @@ class Structuring:
         return found
 
     def _depths(
-        self, depths: Mapping[str, int], coverage: Coverage
+        self, depths: Mapping[str, int], unseen: Sequence[str]
     ) -> tuple[Mapping[str, int], str]:
         """L − l + 1 by layer, and why a layer has none."""
         if self.asked.depths is not None:
             return self.asked.depths, "not among depths="
-        unseen = [entry.parameter for entry in coverage.gaps() if entry.layer is None]
         if depths and unseen:
             return {}, f"not all matrices between the layers are measured: {unseen[0]}"
         return depths, "the layers are no chain"
