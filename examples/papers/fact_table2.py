@@ -49,12 +49,11 @@ def printed(setting: Setting) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> Results:
     """Train what is asked for; the table of all there is."""
     run = experiment(__file__, __doc__, argv, seeds=3)
-    networks(run)
     groups: dict[str, list[Trained]] = {}
-    minutes = 0.0
-    for network in kept(run.options.out / "fact_runs"):
+    for network in kept(run, besides=networks(run)):
         groups.setdefault(network.setting.options, []).append(network)
-        minutes += network.minutes
+    run.results.command = "fact_table2.py --points N --width W --epochs E --reading R"
+    run.results.columns = [FORWARD[label] for label in LABELS]
     figure, grid = axes(1, len(LABELS), width=2.2, height=2.4)
     for group in sorted(groups.values(), key=_order):
         setting = group[0].setting
@@ -73,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     grid[0, -1].legend(
         *_legend(groups.values()), fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5)
     )
-    return run.finish(figure, minutes)
+    return run.finish(figure)
 
 
 def _order(group: list[Trained]) -> tuple[Any, ...]:
