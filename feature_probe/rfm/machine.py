@@ -1,0 +1,248 @@
+"""Algorithm 1 of the FACT paper on tensors: solve, form the matrices, update W, and again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from feature_probe.errors import ConfigurationError
+from feature_probe.rfm.features import (
+    RULES,
+    FeatureMap,
+    FeatureSums,
+    Rescaling,
+    Rule,
+    blocks,
+    feature_sums,
+    next_features,
+)
+from feature_probe.rfm.kernels import Kernel
+from feature_probe.rfm.solvers import SOLVERS, Solution, Solver, solve
+
+_MEDIAN_OF = 1000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an RFM does, checked.
+
+    Attributes:
+        rule: See :func:`feature_probe.rfm.next_features`.
+        power: s of "nfa".
+        geometric_averaging: Of "fact".
+        rescaling: Of M between iterations.
+        ridge: λ ≥ 0.
+        iterations: T, updates of W.
+        diagonal: Whether M is diagonal.
+        solver: Which.
+        memory: Bytes.
+        tolerance: Of the iterative solver.
+        patience: Iterations without a better validation score after which to stop; None: never.
+        measured: Whether both FACT and AGOP are formed at every iteration, the last included.
+    """
+
+    rule: Rule
+    power: float = 1.0
+    geometric_averaging: bool = False
+    rescaling: Rescaling | None = None
+    ridge: float = 1e-3
+    iterations: int = 5
+    diagonal: bool = False
+    solver: Solver = "auto"
+    memory: int = 2**32
+    tolerance: float = 1e-4
+    patience: int | None = None
+    measured: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("update", self.rule, RULES)
+        _one_of("solver", self.solver, SOLVERS)
+        _one_of("rescale", self.rescaling, (None, "trace", "max"))
+        _number("power", self.power, positive=True)
+        _number("ridge", self.ridge, positive=False)
+        _number("tolerance", self.tolerance, positive=True)
+        _number("memory", self.memory, positive=True)
+        _count("iterations", self.iterations, least=0)
+        if self.patience is not None:
+            _count("patience", self.patience, least=1)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A kernel machine on mapped points.
+
+    Attributes:
+        kernel: k.
+        features: W.
+        x: Training points, ``[n, d]``.
+        origin: What is taken off points before they are mapped, ``[d]`` or None.
+        dual: α, ``[n, c]``.
+        memory: Bytes that a block of kernel values may take.
+    """
+
+    kernel: Kernel
+    features: FeatureMap
+    x: Tensor
+    origin: Tensor | None
+    dual: Tensor
+    memory: int
+
+    def mapped(self, x: Tensor) -> Tensor:
+        """u = W(x − origin), ``[n, d]``."""
+        return self.features(x if self.origin is None else x - self.origin)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """f at points ``[m, d]``, to ``[m, c]``."""
+        found = x.new_empty(len(x), self.dual.shape[1])
+        own = self.mapped(self.x)
+        for rows in blocks(len(x), len(own), x.dtype, self.memory):
+            found[rows] = self.kernel.values(self.mapped(x[rows]), own) @ self.dual
+        return found
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One iteration of an RFM: the machine at W_t, before W is updated.
+
+    Attributes:
+        number: t, from 0: the plain kernel machine.
+        machine: The predictor f_t.
+        sums: FACT's and AGOP's sums, as far as the update, or ``measured``, asks for them.
+        solution: How α was found.
+        validation_score: Score on the validation points, None without them.
+        seconds: This iteration took, the update that led to it included.
+    """
+
+    number: int
+    machine: Machine
+    sums: FeatureSums
+    solution: Solution = field(repr=False)
+    validation_score: float | None
+    seconds: float
+
+    @property
+    def fact(self) -> Tensor:
+        """FACT, ``[d, d]`` or ``[d]``."""
+        return self.sums.fact(self.machine.features)
+
+    @property
+    def agop(self) -> Tensor:
+        """AGOP, ``[d, d]`` or ``[d]``."""
+        return self.sums.agop(self.machine.features)
+
+
+#: A score of predictions ``[m, c]``, higher is better.
+Score = Callable[[Tensor], float]
+
+
+def iterate(
+    settings: Settings,
+    kernel: Kernel,
+    x: Tensor,
+    targets: Tensor,
+    *,
+    validation: tuple[Tensor, Score] | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[Iteration]:
+    """Algorithm 1 (FACT paper, §4.1): T updates, T + 1 machines.
+
+    Args:
+        settings: What is done.
+        kernel: k.
+        x: Training points, ``[n, d]``.
+        targets: Y, ``[n, c]``, in the same dtype on the same device.
+        validation: Points ``[m, d]``, and how predictions there are scored.
+        generator: For the iterative solver, on the CPU.
+
+    Yields:
+        Every iteration as it is done; it ends early where the validation score has not grown for
+        ``patience`` iterations.
+    """
+    features = FeatureMap.identity(x.shape[1], settings.diagonal, x)
+    origin = x.mean(0) if kernel.form == "distance" else None
+    best, since = -float("inf"), 0
+    for number in range(settings.iterations + 1):
+        start = time.perf_counter()
+        shifted = x if origin is None else x - origin
+        solution = solve(
+            kernel,
+            features(shifted),
+            targets,
+            settings.ridge,
+            solver=settings.solver,
+            memory=settings.memory,
+            tolerance=settings.tolerance,
+            generator=generator,
+        )
+        machine = Machine(kernel, features, x, origin, solution.dual, settings.memory)
+        score = None if validation is None else validation[1](machine(validation[0]))
+        sums = _sums(settings, machine, last=number == settings.iterations)
+        yield Iteration(number, machine, sums, solution, score, time.perf_counter() - start)
+        if score is not None:
+            best, since = (score, 0) if score > best else (best, since + 1)
+            if settings.patience is not None and since >= settings.patience:
+                return
+        if number < settings.iterations:
+            features = next_features(
+                settings.rule,
+                features,
+                sums,
+                power=settings.power,
+                geometric_averaging=settings.geometric_averaging,
+                rescaling=settings.rescaling,
+            )
+
+
+def _sums(settings: Settings, machine: Machine, last: bool) -> FeatureSums:
+    rule = settings.rule
+    return feature_sums(
+        machine.kernel,
+        machine.features,
+        machine.x,
+        machine.dual,
+        origin=machine.origin,
+        fact=settings.measured or (rule.startswith("fact") and not last),
+        agop=settings.measured or (rule == "nfa" and not last),
+        memory=settings.memory,
+    )
+
+
+def median_bandwidth(kernel: Kernel, x: Tensor, generator: torch.Generator | None) -> float:
+    """The median distance of two different training points, of a thousand of them at most.
+
+    Raises:
+        ConfigurationError: if more than half of all pairs coincide.
+    """
+    chosen = x[torch.randperm(len(x), generator=generator)[:_MEDIAN_OF].to(x.device)]
+    centred = chosen - chosen.mean(0)
+    distances = kernel.distance(centred, centred)
+    above = torch.ones_like(distances, dtype=torch.bool).triu_(1)
+    pairs = distances[above]
+    found = float(pairs.median()) if len(pairs) else 0.0
+    if found <= 0:
+        raise ConfigurationError(
+            'bandwidth="median": at least half of all pairs of points coincide; give a number'
+        )
+    return found
+
+
+def _one_of(name: str, value: object, known: tuple[object, ...]) -> None:
+    if value not in known:
+        shown = ", ".join(repr(one) for one in known)
+        raise ConfigurationError(f"{name} must be one of {shown}; got {value!r}")
+
+
+def _number(name: str, value: object, positive: bool) -> None:
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not fits or not 0 <= value < float("inf") or (positive and value == 0):  # type: ignore[operator]
+        what = "positive" if positive else "at least 0"
+        raise ConfigurationError(f"{name} must be a finite number, {what}; got {value!r}")
+
+
+def _count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigurationError(f"{name} must be an integer of at least {least}, got {value!r}")
