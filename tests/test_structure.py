@@ -32,6 +32,8 @@ ALLOWED: dict[str, set[str]] = {
     # The sums become records, the records a report, and the report goes somewhere.
     "reports.": {"errors", "models", "theory.", "optimizers.", "layers.", "sums.", "reports."},
     "sinks.": {"errors", "theory.", "reports.", "sinks."},
+    # Kernel machines: the same mathematics and reports, nothing of networks.
+    "rfm.": {"errors", "theory.", "reports.", "sinks.", "rfm."},
     # Wires the parts of the self-test together.
     "selftest": {
         "errors",

@@ -5,8 +5,8 @@
 parts.
 """
 
+from feature_probe.rfm.base import HistoryEntry
 from feature_probe.rfm.estimators import (
-    HistoryEntry,
     RecursiveFeatureMachine,
     RecursiveFeatureMachineClassifier,
 )

@@ -44,7 +44,7 @@ class Place:
             return cls(torch.device(found), torch.float32 if own is torch.float32 else
                        torch.float64, is_tensor)  # fmt: skip
         asked = dtype if isinstance(dtype, torch.dtype) else _DTYPES.get(str(dtype))
-        if asked not in _DTYPES.values():
+        if asked is None or asked not in _DTYPES.values():
             raise ConfigurationError(f"dtype must be float32 or float64, got {dtype!r}")
         return cls(torch.device(found), asked, is_tensor)
 
@@ -52,7 +52,7 @@ class Place:
         """As a tensor there."""
         if isinstance(values, Tensor):
             return values.detach().to(self.device, self.dtype)
-        return torch.as_tensor(np.asarray(values, dtype=float), dtype=self.dtype).to(self.device)
+        return torch.tensor(np.asarray(values, dtype=float), dtype=self.dtype, device=self.device)
 
     def give_back(self, values: Tensor, as_tensor: bool | None = None) -> Any:
         """As what the user gave."""

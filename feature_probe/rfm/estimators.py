@@ -3,308 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from feature_probe.errors import ConfigurationError, FeatureProbeError
-from feature_probe.reports.record import Record
-from feature_probe.rfm.base import HAS_SKLEARN, BaseEstimator, ClassifierMixin, RegressorMixin
-from feature_probe.rfm.encoding import Columns, LabelEncoding, Place, encoded_labels, plain
+from feature_probe.errors import ConfigurationError
+from feature_probe.rfm.base import Callback, EstimatorBase
+from feature_probe.rfm.encoding import LabelEncoding, Place, encoded_labels, plain
 from feature_probe.rfm.features import Rescaling, Rule
-from feature_probe.rfm.kernels import Kernel, KernelFunction, make_kernel
-from feature_probe.rfm.machine import Iteration, Machine, Score, Settings, iterate, median_bandwidth
-from feature_probe.rfm.reporting import report
+from feature_probe.rfm.kernels import Kernel, KernelFunction
+from feature_probe.rfm.sklearn_base import HAS_SKLEARN, ClassifierMixin, RegressorMixin
 from feature_probe.rfm.solvers import Solver
 from feature_probe.sinks.base import Sink
-from feature_probe.sinks.outlets import Outlets
-from feature_probe.theory.relations import parse_powers
 
 if HAS_SKLEARN:
-    from sklearn.utils.validation import validate_data
-
-_GIB = 2**30
-_BANDWIDTH = 10.0
-#: Called after each iteration; True ends the fit.
-Callback = Callable[[Iteration], bool | None]
+    from sklearn.utils.multiclass import check_classification_targets
+    from sklearn.utils.validation import column_or_1d
 
 
-@dataclass(frozen=True)
-class HistoryEntry:
-    """What is kept of an iteration.
-
-    Attributes:
-        number: t; 0 is the plain kernel machine, W = I.
-        validation_score: R² or accuracy on the validation points; None without them.
-        seconds: The iteration took.
-        solver: "cholesky" or "iterative".
-        solver_residual: Relative residual of the iterative solution; 0 of a direct one.
-        records: Agreement of M_t with FACT, √(FACT·FACTᵀ) and AGOPˢ; empty unless asked for.
-        feature_matrix: M_t, ``[d, d]`` or ``[d]``; None unless asked for.
-    """
-
-    number: int
-    validation_score: float | None
-    seconds: float
-    solver: str
-    solver_residual: float
-    records: Sequence[Record]
-    feature_matrix: Any
-
-
-class _RecursiveFeatureMachine(BaseEstimator):  # type: ignore[misc]
-    """What regressor and classifier share."""
-
-    def __init__(
-        self,
-        update: Rule = "fact",
-        kernel: str | Kernel | KernelFunction = "laplace",
-        bandwidth: float | str | None = None,
-        ridge: float = 1e-3,
-        iterations: int = 5,
-        *,
-        power: float = 1.0,
-        geometric_averaging: bool = False,
-        rescale: Rescaling | None = None,
-        diagonal: bool = False,
-        categorical: Sequence[int] = (),
-        validation_fraction: float = 0.0,
-        patience: int | None = None,
-        solver: Solver = "auto",
-        memory: float = 4.0,
-        tolerance: float = 1e-4,
-        history: bool = False,
-        log_dir: str | os.PathLike[str] | None = None,
-        sinks: Sequence[Sink] = (),
-        callbacks: Sequence[Callback] = (),
-        progress: bool = False,
-        device: Any = None,
-        dtype: Any = None,
-        random_state: int = 0,
-    ) -> None:
-        self.update = update
-        self.kernel = kernel
-        self.bandwidth = bandwidth
-        self.ridge = ridge
-        self.iterations = iterations
-        self.power = power
-        self.geometric_averaging = geometric_averaging
-        self.rescale = rescale
-        self.diagonal = diagonal
-        self.categorical = categorical
-        self.validation_fraction = validation_fraction
-        self.patience = patience
-        self.solver = solver
-        self.memory = memory
-        self.tolerance = tolerance
-        self.history = history
-        self.log_dir = log_dir
-        self.sinks = sinks
-        self.callbacks = callbacks
-        self.progress = progress
-        self.device = device
-        self.dtype = dtype
-        self.random_state = random_state
-
-    # -- fitting ---------------------------------------------------------------------------------
-
-    def _fit(
-        self,
-        x: Any,
-        y: np.ndarray[Any, Any],
-        place: Place,
-        validation: tuple[Any, Any] | None,
-    ) -> None:
-        """Run the iterations on checked inputs.
-
-        Args:
-            x: ``[n, columns]``.
-            y: Targets, ``[n, c]``.
-            place: Where.
-            validation: Checked inputs, and targets as :meth:`_score` takes them.
-        """
-        generator = self._generator()
-        measured = bool(self.history or self.sinks or self.log_dir is not None)
-        settings = self._settings(measured)
-        self.columns_ = Columns.of(plain(x), self.categorical) if len(self.categorical) else None
-        points = self._encoded(x, place)
-        targets = place.tensor(y)
-        held: tuple[Tensor, Score] | None = None
-        if validation is not None:
-            held = self._encoded(validation[0], place), lambda f: self._score(f, validation[1])
-        kernel = self._kernel(points, generator)
-        outlets = Outlets(self.log_dir, None, self.sinks, _raise)
-        outlets.open(0)
-        self.history_: list[HistoryEntry] = []
-        best: Iteration | None = None
-        bar = tqdm(total=settings.iterations + 1, desc="RFM", disable=not self.progress)
-        try:
-            for iteration in iterate(
-                settings, kernel, points, targets, validation=held, generator=generator
-            ):
-                records: Sequence[Record] = ()
-                if measured:
-                    found = report(iteration, settings, parse_powers((self.power,)))
-                    outlets.write(found)
-                    records = found.records
-                self.history_.append(self._entry(iteration, records, place))
-                score = iteration.validation_score
-                if best is None or score is None or score > (best.validation_score or -np.inf):
-                    best = iteration
-                bar.update()
-                if score is not None:
-                    bar.set_postfix(validation=f"{score:.4f}")
-                # every callback is called, whatever the others say
-                if any([callback(iteration) for callback in self.callbacks]):  # noqa: C419
-                    break
-        finally:
-            bar.close()
-            outlets.close()
-        assert best is not None
-        self.machine_: Machine = best.machine
-        self.n_iter_ = best.number
-        self.place_ = place
-        self.feature_matrix_ = place.give_back(best.machine.features.matrix)
-
-    def _entry(self, iteration: Iteration, records: Sequence[Record], place: Place) -> HistoryEntry:
-        matrix = place.give_back(iteration.machine.features.matrix) if self.history else None
-        return HistoryEntry(
-            iteration.number,
-            iteration.validation_score,
-            iteration.seconds,
-            iteration.solution.solver,
-            iteration.solution.residual,
-            records if self.history else (),
-            matrix,
-        )
-
-    def _settings(self, measured: bool) -> Settings:
-        return Settings(
-            rule=self.update,
-            power=self.power,
-            geometric_averaging=self.geometric_averaging,
-            rescaling=self.rescale,
-            ridge=self.ridge,
-            iterations=self.iterations,
-            diagonal=self.diagonal,
-            solver=self.solver,
-            memory=int(self.memory * _GIB),
-            tolerance=self.tolerance,
-            patience=self.patience,
-            measured=measured,
-        )
-
-    def _generator(self) -> torch.Generator:
-        seed = self.random_state
-        if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
-            raise ConfigurationError(f"random_state must be an integer, got {seed!r}")
-        return torch.Generator().manual_seed(int(seed))
-
-    def _kernel(self, x: Tensor, generator: torch.Generator) -> Kernel:
-        kernel, bandwidth = make_kernel(self.kernel), self.bandwidth
-        if bandwidth is None:
-            bandwidth = kernel.bandwidth if isinstance(self.kernel, Kernel) else _BANDWIDTH
-        if bandwidth == "median":
-            bandwidth = median_bandwidth(kernel, x, generator)
-        if not isinstance(bandwidth, (int, float)) or isinstance(bandwidth, bool):
-            raise ConfigurationError(
-                f'bandwidth must be a positive number, "median" or None, got {bandwidth!r}'
-            )
-        return kernel.with_bandwidth(float(bandwidth))
-
-    def _split(self, count: int, labels: np.ndarray[Any, Any] | None) -> tuple[Any, Any] | None:
-        """Indices to train on and to validate on, of ``validation_fraction``."""
-        share = self.validation_fraction
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
-            raise ConfigurationError(f"validation_fraction must be in [0, 1), got {share!r}")
-        if share == 0:
-            if self.patience is not None:
-                raise ConfigurationError(
-                    "patience= needs validation points: give validation_fraction= or validation="
-                )
-            return None
-        order = torch.randperm(count, generator=self._generator()).numpy()
-        held = max(1, round(share * count))
-        if count - held < 2:
-            raise ConfigurationError(
-                f"validation_fraction={share!r} of {count} points leaves fewer than 2 to train on"
-            )
-        return order[held:], order[:held]
-
-    # -- inputs ----------------------------------------------------------------------------------
-
-    def _checked(self, x: Any, reset: bool) -> Any:
-        """X as ``[n, columns]``: a tensor as it is, anything else as an array."""
-        if isinstance(x, Tensor):
-            return self._checked_plain(x, reset)
-        if HAS_SKLEARN:
-            kind = None if len(self.categorical) else [np.float64, np.float32]
-            return validate_data(
-                self, x, reset=reset, dtype=kind, ensure_all_finite=kind is not None,
-                ensure_min_samples=2 if reset else 1,
-            )  # fmt: skip
-        found = plain(x)
-        if not len(self.categorical) and found.dtype not in (np.float32, np.float64):
-            try:
-                found = found.astype(float)
-            except (TypeError, ValueError) as error:
-                raise ConfigurationError(f"X must be numbers: {error}") from None
-        return self._checked_plain(found, reset)
-
-    def _checked_plain(self, x: Any, reset: bool) -> Any:
-        shape = tuple(x.shape)
-        if len(shape) != 2:
-            raise ConfigurationError(f"X must be two-dimensional, [n, d]; got shape {shape}")
-        if shape[0] < (2 if reset else 1) or shape[1] < 1:
-            least = 2 if reset else 1
-            raise ConfigurationError(
-                f"X has {shape[0]} sample(s) and {shape[1]} feature(s); at least {least} and 1 are "
-                "required"
-            )
-        if isinstance(x, Tensor):
-            if x.is_complex():
-                raise ConfigurationError("Complex data not supported")
-            finite = bool(x.isfinite().all())
-        else:
-            finite = x.dtype.kind in "OUS" or bool(np.isfinite(x).all())
-        if not finite:
-            raise ConfigurationError("X contains NaN or infinity")
-        if reset:
-            self.n_features_in_ = shape[1]
-        elif shape[1] != self.n_features_in_:
-            raise ConfigurationError(
-                f"X has {shape[1]} features, but {type(self).__name__} is expecting "
-                f"{self.n_features_in_} features as input"
-            )
-        return x
-
-    def _encoded(self, x: Any, place: Place) -> Tensor:
-        found = place.tensor(x if self.columns_ is None else self.columns_(plain(x)))
-        if not bool(found.isfinite().all()):
-            raise ConfigurationError("X contains NaN or infinity")
-        return found
-
-    # -- predictions -----------------------------------------------------------------------------
-
-    def _values(self, x: Any) -> Tensor:
-        """f at points, ``[m, c]``."""
-        if not hasattr(self, "machine_"):
-            raise _not_fitted(self)
-        return self.machine_(self._encoded(self._checked(x, reset=False), self.place_))
-
-    def _score(self, values: Tensor, targets: Any) -> float:
-        raise NotImplementedError
-
-    def __sklearn_is_fitted__(self) -> bool:
-        return hasattr(self, "machine_")
-
-
-class RecursiveFeatureMachine(RegressorMixin, _RecursiveFeatureMachine):  # type: ignore[misc]
+class RecursiveFeatureMachine(RegressorMixin, EstimatorBase):  # type: ignore[misc]
     """Kernel ridge regression that learns its features (FACT paper, §4; Algorithm 1).
 
     f(x) = Σ_j k(Wx, Wx_j) α_j with α = (K + nλI)⁻¹Y; W starts at the identity and is updated
@@ -424,7 +144,7 @@ class RecursiveFeatureMachine(RegressorMixin, _RecursiveFeatureMachine):  # type
         return tags
 
 
-class RecursiveFeatureMachineClassifier(ClassifierMixin, _RecursiveFeatureMachine):  # type: ignore[misc]
+class RecursiveFeatureMachineClassifier(ClassifierMixin, EstimatorBase):  # type: ignore[misc]
     """:class:`RecursiveFeatureMachine` on class labels: squared error, the largest output wins.
 
     One output a class, 1 for the own class and 0 ("one_hot") or −1 ("signed") for the others; two
@@ -513,18 +233,15 @@ class RecursiveFeatureMachineClassifier(ClassifierMixin, _RecursiveFeatureMachin
 
     def _labels(self, y: Any, count: int) -> np.ndarray[Any, Any]:
         found = plain(y)
+        if found.dtype.kind == "f" and not np.isfinite(found).all():
+            raise ConfigurationError("y contains NaN or infinity")
         if HAS_SKLEARN:
-            from sklearn.utils.multiclass import check_classification_targets  # noqa: PLC0415
-            from sklearn.utils.validation import column_or_1d  # noqa: PLC0415
-
             found = np.asarray(column_or_1d(found, warn=True))
             check_classification_targets(found)
         if found.ndim != 1 or len(found) != count:
             raise ConfigurationError(
                 f"y must be labels [n] of n = {count} samples, got shape {found.shape}"
             )
-        if found.dtype.kind == "f" and not np.isfinite(found).all():
-            raise ConfigurationError("y contains NaN or infinity")
         return found
 
     def decision_function(self, X: Any) -> Any:
@@ -562,16 +279,3 @@ def _r_squared(values: Tensor, targets: np.ndarray[Any, Any], weights: Any) -> f
     total = (share[:, None] * (y - mean) ** 2).sum(0)
     explained = np.where(total > 0, 1 - errors / np.where(total > 0, total, 1), (errors == 0) * 1.0)
     return float(explained.mean())
-
-
-def _raise(error: Exception, where: str) -> None:
-    raise error
-
-
-def _not_fitted(estimator: Any) -> Exception:
-    message = f"this {type(estimator).__name__} is not fitted yet: call fit first"
-    if HAS_SKLEARN:
-        from sklearn.exceptions import NotFittedError  # noqa: PLC0415
-
-        return NotFittedError(message)
-    return FeatureProbeError(message)

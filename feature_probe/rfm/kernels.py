@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from feature_probe.errors import ConfigurationError
+from feature_probe.errors import ConfigurationError, positive_integer
 
 #: k(u, v) of ``[n, d]`` and ``[m, d]``, to ``[n, m]``, differentiable by autograd.
 KernelFunction = Callable[[Tensor, Tensor], Tensor]
@@ -105,9 +105,10 @@ class _Slopes(Pairs):
         count, inputs = self.v.shape
         at_once = max(1, self.slopes.numel() // (count * inputs))
         parts = []
-        for columns in dual.split(at_once, dim=1):
+        for start in range(0, dual.shape[1], at_once):
+            columns = dual[:, start : start + at_once]
             right = (columns[:, :, None] * self.v[:, None, :]).flatten(1)
-            part = (self.slopes @ right).unflatten(1, (-1, inputs))
+            part = (self.slopes @ right).reshape(len(self.u), -1, inputs)
             if self.differences:
                 own = (self.slopes @ columns)[:, :, None] * self.u[:, None, :]
                 part = own.sub_(part)
@@ -241,8 +242,7 @@ class Polynomial(_InnerProduct):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.degree, bool) or not isinstance(self.degree, int) or self.degree < 1:
-            raise ConfigurationError(f"degree must be a positive integer, got {self.degree!r}")
+        positive_integer("degree", self.degree)
         if not (math.isfinite(self.offset) and self.offset >= 0):
             raise ConfigurationError(f"offset must be finite and >= 0, got {self.offset!r}")
 
@@ -290,7 +290,7 @@ class AutogradKernel(Kernel):
 
     def values(self, u: Tensor, v: Tensor) -> Tensor:
         """k(u_i, v_j), checked for its shape."""
-        found = self.function(u / self.bandwidth, v / self.bandwidth)
+        found: object = self.function(u / self.bandwidth, v / self.bandwidth)
         if not isinstance(found, Tensor) or found.shape != (len(u), len(v)):
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ConfigurationError(
@@ -316,12 +316,14 @@ class _ByAutograd(Pairs):
 
     def stacked(self, dual: Tensor) -> Tensor:
         """The gradient of Σ_i f_c(u_i) in u, for each c."""
-        totals = [
-            lambda values, column=column: (values @ column).sum() for column in dual.unbind(1)
-        ]
+
+        def total(column: Tensor) -> Callable[[Tensor], Tensor]:
+            return lambda values: (values @ column).sum()
+
+        totals = [total(column) for column in dual.unbind(1)]
         return torch.stack(self._gradients(totals), dim=1)
 
-    def _gradients(self, totals: list[Callable[[Tensor], Tensor]]) -> list[Tensor]:
+    def _gradients(self, totals: Sequence[Callable[[Tensor], Tensor]]) -> list[Tensor]:
         with torch.enable_grad():
             u = self.u.detach().requires_grad_()
             values = self.kernel.values(u, self.v)

@@ -174,7 +174,8 @@ def _preconditioner(
     weights = (squares[0] + shift) / (squares + shift) - 1
 
     def condition(vectors: Tensor) -> Tensor:
-        return vectors + basis @ (weights[:, None] * (basis.T @ vectors))
+        correction: Tensor = basis @ (weights[:, None] * (basis.T @ vectors))
+        return vectors + correction
 
     return condition
 

@@ -1,0 +1,75 @@
+"""Dual weights: direct and by conjugate gradients, chosen by size; what cannot be solved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from feature_probe import FeatureProbeError
+from feature_probe.rfm import Gaussian, Laplace, Polynomial, solve
+from feature_probe.rfm.solvers import chosen_solver
+
+
+def points(count: int = 300, inputs: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points and targets in float64."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(count, inputs, generator=draw, dtype=torch.float64)
+    return x, torch.randn(count, 2, generator=draw, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kernel", [Laplace(3.0), Gaussian(2.0)])
+@pytest.mark.parametrize("solver", ["cholesky", "iterative"])
+def test_the_residual_of_the_system(kernel: Laplace, solver: str) -> None:
+    """(K + nλI)α = Y, by both, though the second never has all of K."""
+    x, y = points()
+    found = solve(kernel, x, y, 1e-3, solver=solver, tolerance=1e-9, memory=50_000)  # type: ignore[arg-type]
+    matrix = torch.stack([kernel.values(row[None], x)[0] for row in x])
+    residual = (matrix + 0.3 * torch.eye(300, dtype=torch.float64)) @ found.dual - y
+    assert float(residual.norm() / y.norm()) < 1e-8
+    assert found.solver == solver
+    assert (found.steps > 0) == (solver == "iterative")
+    assert found.residual <= 1e-9
+
+
+def test_preconditioned_gradients_take_few_steps() -> None:
+    """Landmarks are most of what a smooth kernel has: far fewer steps than points."""
+    x, y = points()
+    assert solve(Gaussian(3.0), x, y, 1e-4, solver="iterative", tolerance=1e-8).steps < 30
+
+
+def test_the_solver_is_chosen_by_size() -> None:
+    """K and its factor fit, or not; what is asked for is taken as it is."""
+    need = 2 * 1000**2 * 4
+    assert chosen_solver("auto", 1000, torch.float32, need) == "cholesky"
+    assert chosen_solver("auto", 1000, torch.float32, need - 1) == "iterative"
+    assert chosen_solver("auto", 1000, torch.float64, need) == "iterative"
+    assert chosen_solver("cholesky", 1000, torch.float64, 1) == "cholesky"
+
+
+def test_conjugate_gradients_that_stop_early_say_so() -> None:
+    """A warning with the residual that was reached, and the solution as far as it is."""
+    x, y = points()
+    with pytest.warns(RuntimeWarning, match="stopped after 2 steps"):
+        found = solve(Laplace(1.0), x, y, 1e-9, solver="iterative", most_steps=2, memory=1000)
+    assert found.residual > 1e-4
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-30])
+def test_singular_at_no_ridge(ridge: float) -> None:
+    """Equal rows, and a kernel of low rank: an error that says what to do."""
+    x, y = points(50)
+    doubled = torch.cat([x, x]), torch.cat([y, y])
+    for kernel, (inputs, targets) in (
+        (Laplace(2.0), doubled),
+        (Polynomial(1.0), (x[:, :2], y)),
+    ):
+        with pytest.raises(FeatureProbeError, match=r"singular.*larger ridge"):
+            solve(kernel, inputs, targets, ridge)
+    assert solve(Laplace(2.0), x, y, ridge).dual.isfinite().all()  # different rows: well-posed
+
+
+def test_values_that_overflow_are_refused() -> None:
+    """A cubic of large inputs in float32."""
+    x, y = points(20)
+    with pytest.raises(FeatureProbeError, match=r"singular|not finite"):
+        solve(Polynomial(1e-14, degree=3), x.float(), y.float(), 1e-3)
