@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("accelerate", "figures", "lightning", "mlflow", "timm", "transformers", "wandb")
-HEAVY = ("torchvision", "tensorboard", "matplotlib", "pandas", *EXTRAS)
+EXTRAS = ("accelerate", "figures", "lightning", "mlflow", "rfm", "timm", "transformers", "wandb")
+HEAVY = ("torchvision", "tensorboard", "matplotlib", "pandas", "sklearn", *EXTRAS)
 
 
 def _run(*command: str | Path, **environment: str) -> str:

@@ -219,6 +219,21 @@ def test_callbacks_may_end_the_fit() -> None:
     assert model.n_iter_ == 2
 
 
+def test_units_do_not_matter_to_fact() -> None:
+    """Inputs and bandwidth a hundred times larger: FACT-RFM is the same, NFA-RFM if rescaled."""
+    x, y = parity(80)
+    x = x + 0.1 * np.random.default_rng(0).normal(size=x.shape)
+
+    def difference(**own: Any) -> float:
+        near = RecursiveFeatureMachine(bandwidth=5.0, iterations=2, **own).fit(x, y).predict(x)
+        model = RecursiveFeatureMachine(bandwidth=500.0, iterations=2, **own)
+        return float(np.abs(model.fit(100 * x, y).predict(100 * x) - near).max())
+
+    assert difference(update="fact") < 1e-6
+    assert difference(update="nfa", rescale="trace") < 1e-6
+    assert difference(update="nfa") > 0.01
+
+
 def test_categorical_columns() -> None:
     """Strings become columns of zeros and ones; one that was not seen is all zeros."""
     draw = np.random.default_rng(0)
