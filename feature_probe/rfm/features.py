@@ -26,6 +26,8 @@ RULES: tuple[Rule, ...] = ("fact", "fact_inner_product", "nfa", "none")
 Rescaling = Literal["trace", "max"]
 #: Arrays of a block's size that are there at once while gradients are summed.
 _ARRAYS = 6
+#: Bytes beyond which larger blocks are no faster.
+_LARGEST = 2**28
 _LEAST_ROWS = 16
 
 
@@ -94,7 +96,7 @@ def blocks(rows: int, columns: int, dtype: torch.dtype, memory: int) -> Iterator
         dtype: Of its entries.
         memory: Bytes.
     """
-    at_once = max(_LEAST_ROWS, memory // (_ARRAYS * columns * dtype.itemsize))
+    at_once = max(_LEAST_ROWS, min(memory, _LARGEST) // (_ARRAYS * columns * dtype.itemsize))
     return (slice(start, start + at_once) for start in range(0, rows, at_once))
 
 

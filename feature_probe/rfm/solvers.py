@@ -21,8 +21,8 @@ from feature_probe.rfm.kernels import Kernel
 
 Solver = Literal["auto", "cholesky", "iterative"]
 SOLVERS: tuple[Solver, ...] = ("auto", "cholesky", "iterative")
-#: K and its factor.
-_COPIES = 2
+#: Of the memory, what K may take; its factor takes its place, the rest is for blocks.
+_SHARE = 0.75
 _LANDMARKS = 4000
 
 
@@ -45,11 +45,10 @@ class Solution:
 
 
 def chosen_solver(asked: Solver, points: int, dtype: torch.dtype, memory: int) -> str:
-    """What is asked for; of "auto" "cholesky" if K and its factor fit in ``memory`` bytes."""
+    """What is asked for; of "auto" "cholesky" if K takes three quarters of ``memory`` at most."""
     if asked != "auto":
         return asked
-    needed = _COPIES * points**2 * dtype.itemsize
-    return "cholesky" if needed <= memory else "iterative"
+    return "cholesky" if points**2 * dtype.itemsize <= _SHARE * memory else "iterative"
 
 
 def solve(
@@ -72,7 +71,7 @@ def solve(
         targets: Y, ``[n, c]``.
         ridge: λ ≥ 0; n·λ is added to the diagonal of K (FACT paper, Algorithm 1).
         solver: Which; "auto" by size.
-        memory: Bytes that arrays of n columns may take.
+        memory: Bytes that K, and what blocks of it are made of, may take.
         tolerance: Of conjugate gradients: relative residual of each column.
         most_steps: Of conjugate gradients; a warning says that they were not enough.
         generator: For the columns of the preconditioner, on the CPU.
@@ -82,25 +81,33 @@ def solve(
     """
     shift = len(u) * ridge
     if chosen_solver(solver, len(u), u.dtype, memory) == "cholesky":
-        return _direct(kernel, u, targets, shift)
+        return _direct(kernel, u, targets, shift, memory)
     return _conjugate(kernel, u, targets, shift, memory, tolerance, most_steps, generator)
 
 
-def _direct(kernel: Kernel, u: Tensor, targets: Tensor, shift: float) -> Solution:
-    matrix = kernel.values(u, u)
+def _direct(kernel: Kernel, u: Tensor, targets: Tensor, shift: float, memory: int) -> Solution:
+    count = len(u)
+    matrix = u.new_empty(count, count)
+    for rows in blocks(count, count, u.dtype, memory):
+        matrix[rows] = kernel.values(u[rows], u)
     matrix.diagonal().add_(shift)
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    del matrix
+    # LAPACK's factor takes the place of the matrix if that is stored by columns
+    factor, info = matrix.mT, torch.zeros((), dtype=torch.int32, device=u.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
     diagonal = factor.diagonal()
     # a pivot of the size of rounding is noise: what it would give are not weights
     noise = diagonal.max().square() * torch.finfo(u.dtype).eps
     if int(info) or not bool((diagonal.square() > noise).all()):
         raise FeatureProbeError(
-            f"the kernel matrix of {len(u)} points with n·ridge = {shift:g} on its diagonal is "
+            f"the kernel matrix of {count} points with n·ridge = {shift:g} on its diagonal is "
             f"singular in {str(u.dtype).removeprefix('torch.')} (equal or nearly equal rows after "
             "the feature map, or a kernel of low rank): give a larger ridge, or float64"
         )
-    return Solution(_checked(torch.cholesky_solve(targets, factor)), "cholesky")
+    # cholesky_solve would copy the factor
+    halfway = torch.linalg.solve_triangular(factor, targets, upper=False)
+    return Solution(
+        _checked(torch.linalg.solve_triangular(factor.mT, halfway, upper=True)), "cholesky"
+    )
 
 
 def _conjugate(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -38,9 +41,9 @@ def test_preconditioned_gradients_take_few_steps() -> None:
 
 
 def test_the_solver_is_chosen_by_size() -> None:
-    """K and its factor fit, or not; what is asked for is taken as it is."""
-    need = 2 * 1000**2 * 4
-    assert chosen_solver("auto", 1000, torch.float32, need) == "cholesky"
+    """K fits and leaves room for blocks, or not; what is asked for is taken as it is."""
+    need = 4 * 1000**2 * 4 // 3
+    assert chosen_solver("auto", 1000, torch.float32, need + 1) == "cholesky"
     assert chosen_solver("auto", 1000, torch.float32, need - 1) == "iterative"
     assert chosen_solver("auto", 1000, torch.float64, need) == "iterative"
     assert chosen_solver("cholesky", 1000, torch.float64, 1) == "cholesky"
@@ -52,6 +55,29 @@ def test_conjugate_gradients_that_stop_early_say_so() -> None:
     with pytest.warns(RuntimeWarning, match="stopped after 2 steps"):
         found = solve(Laplace(1.0), x, y, 1e-9, solver="iterative", most_steps=2, memory=1000)
     assert found.residual > 1e-4
+
+
+def test_a_direct_solution_holds_one_matrix_of_all_pairs() -> None:
+    """The factor takes K's place, and K is made in blocks: no other array of its size."""
+    script = (
+        "import resource, torch; from feature_probe.rfm import Laplace, solve;"
+        "x = torch.randn({count}, 5); y = torch.randn({count}, 1);"
+        "solve(Laplace(3.0), x, y, 1e-3, memory=2**25, solver='cholesky');"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    peaks = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", script.format(count=count)],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for count in (100, 4000)
+    ]
+    matrix = 4000**2 * 4 / 1024
+    assert peaks[1] - peaks[0] < 1.6 * matrix
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-30])
