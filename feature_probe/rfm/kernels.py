@@ -126,8 +126,8 @@ class Laplace(Kernel):
 
     def pairs(self, u: Tensor, v: Tensor) -> Pairs:
         """Slopes −k/(L r), 0 at r = 0."""
-        r = _squared_distances(u, v).sqrt_()
-        slopes = torch.exp(r / -self.bandwidth).div_(r.mul(-self.bandwidth))
+        r = _squared_distances(u, v).sqrt_().mul_(-self.bandwidth)
+        slopes = torch.exp(r / self.bandwidth**2).div_(r)
         return _Slopes(slopes.masked_fill_(r == 0, 0.0), u, v, differences=True)
 
 
@@ -342,9 +342,10 @@ class _ByAutograd(Pairs):
 
 def _squared_distances(u: Tensor, v: Tensor) -> Tensor:
     """‖u_i − v_j‖², ``[n, m]``; exactly 0 where it is lost in rounding."""
-    norms = u.square().sum(1)[:, None] + v.square().sum(1)
-    found = torch.addmm(norms, u, v.T, alpha=-2)
-    noise = norms.mul_(_ROUNDINGS * torch.finfo(u.dtype).eps)
+    own = u.square().sum(1, keepdim=True)
+    found = torch.addmm(v.square().sum(1), u, v.T, alpha=-2).add_(own)
+    # points that coincide have one norm: twice the own one is both
+    noise = own.mul_(2 * _ROUNDINGS * torch.finfo(u.dtype).eps)
     return found.masked_fill_(found <= noise, 0.0)
 
 
