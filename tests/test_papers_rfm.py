@@ -16,7 +16,7 @@ from test_papers import run
 
 def test_a_parity_is_found_by_both_updates(tmp_path: Path) -> None:
     """M comes to the coordinates of the parity; without features the same kernel does worse."""
-    _, found = run(rfm_parity, tmp_path)
+    _, found = run(rfm_parity, tmp_path, "--ridge", "6")
     plain = found["kernel regression: test accuracy of the last iteration"]
     for method in rfm_parity.METHODS:
         if method != "kernel regression":

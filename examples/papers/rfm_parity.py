@@ -2,11 +2,11 @@
 
 x ~ {±1/√50}^50, y = 1 where the product of k coordinates is positive, else 0; Gaussian kernel of
 bandwidth 5, FACT with geometric averaging, 5 iterations (§4.3). The power s of NFA-RFM and the
-ridge are not printed: s = 1 and 1/2 are run, with λ = 1e-6. M = WᵀW starts at the identity, where
-k of its 50 diagonal entries belong to the parity.
+ridge are not printed: s = 1 and 1/2 are run, and ``--ridge r`` has λ = 10⁻ʳ. M = WᵀW starts at the
+identity, where k of its 50 diagonal entries belong to the parity.
 
     python examples/papers/rfm_parity.py                    # k = 2, n = 500
-    python examples/papers/rfm_parity.py --k 3 --points 5000
+    python examples/papers/rfm_parity.py --k 3 --points 5000 --ridge 6
     python examples/papers/rfm_parity.py --k 4 --points 25000 --iterations 10    # Fig. 4
     python examples/papers/rfm_parity.py --fast
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from feature_probe.rfm import Iteration, RecursiveFeatureMachine
 
-INPUTS, BANDWIDTH, RIDGE, TEST = 50, 5.0, 1e-6, 1000
+INPUTS, BANDWIDTH, TEST = 50, 5.0, 1000
 METHODS: dict[str, dict[str, Any]] = {
     "FACT-RFM": {"update": "fact", "geometric_averaging": True},
     "NFA-RFM, s = 1": {"update": "nfa"},
@@ -40,7 +40,7 @@ def data(points: int, support: Tensor, seed: int, inputs: int) -> tuple[Tensor, 
 
 
 def train(
-    method: str, k: int, points: int, iterations: int, seed: int, inputs: int
+    method: str, k: int, points: int, iterations: int, seed: int, inputs: int, ridge: float
 ) -> list[dict[str, Any]]:
     """By iteration: test accuracy, the support's share of tr M, and the feature matrix."""
     draw = torch.Generator().manual_seed(1000 + seed)
@@ -65,7 +65,7 @@ def train(
     settings = METHODS[method]
     last = 0 if settings["update"] == "none" else iterations
     RecursiveFeatureMachine(
-        kernel="gaussian", bandwidth=BANDWIDTH, ridge=RIDGE, iterations=last, callbacks=[read],
+        kernel="gaussian", bandwidth=BANDWIDTH, ridge=ridge, iterations=last, callbacks=[read],
         dtype="float32" if points > 5000 else "float64", memory=8.0, **settings,
     ).fit(x, y)  # fmt: skip
     return found
@@ -74,18 +74,31 @@ def train(
 def main(argv: Sequence[str] | None = None) -> Results:
     """Run all methods on one parity."""
     run = Experiment(
-        __file__, __doc__, argv, seeds=3, k=(2, 3, 4, 1), points=(500,), iterations=(5,)
+        __file__,
+        __doc__,
+        argv,
+        seeds=3,
+        k=(2, 3, 4, 1),
+        points=(500,),
+        iterations=(5,),
+        ridge=(10,),
     )
     options = run.options
     k, points, iterations = options.k, options.points, options.iterations
     inputs = INPUTS
     if run.fast:
         points, inputs = 200, 20
-    run.results.name = f"rfm_parity_k{k}_n{points}"
+    run.results.name = f"rfm_parity_k{k}_n{points}_ridge{options.ridge}"
     number = "4" if (k, points) == (4, 25000) else "3"
-    run.results.title = f"FACT paper, Fig. {number}: parity of k = {k} of {inputs}, n = {points:,}"
+    run.results.title = (
+        f"FACT paper, Fig. {number}: parity of k = {k} of {inputs}, n = {points:,}, "
+        f"λ = 1e-{options.ridge}"
+    )
     found = {
-        method: [train(method, k, points, iterations, seed, inputs) for seed in run.seeds]
+        method: [
+            train(method, k, points, iterations, seed, inputs, 10.0**-options.ridge)
+            for seed in run.seeds
+        ]
         for method in METHODS
     }
     learned = {"3": "learned", "4": "a jump"}[number]
