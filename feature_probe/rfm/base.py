@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from feature_probe.errors import ConfigurationError, FeatureProbeError
 from feature_probe.reports.record import Record
+from feature_probe.reports.scoring import log_fault
 from feature_probe.rfm.encoding import Columns, Place, plain
 from feature_probe.rfm.features import Rescaling, Rule
 from feature_probe.rfm.kernels import Kernel, KernelFunction, make_kernel
@@ -139,7 +140,7 @@ class EstimatorBase(BaseEstimator):  # type: ignore[misc]
         if validation is not None:
             held = self._encoded(validation[0], place), lambda f: self._score(f, validation[1])
         kernel = self._kernel(points, generator)
-        outlets = Outlets(self.log_dir, None, self.sinks, _raise)
+        outlets = Outlets(self.log_dir, None, self.sinks, log_fault)
         outlets.open(0)
         self.history_: list[HistoryEntry] = []
         best: Iteration | None = None
@@ -185,6 +186,8 @@ class EstimatorBase(BaseEstimator):  # type: ignore[misc]
         )
 
     def _settings(self, measured: bool) -> Settings:
+        if isinstance(self.memory, bool) or not isinstance(self.memory, (int, float)):
+            raise ConfigurationError(f"memory must be a number of GiB, got {self.memory!r}")
         return Settings(
             rule=self.update,
             power=self.power,
@@ -218,7 +221,7 @@ class EstimatorBase(BaseEstimator):  # type: ignore[misc]
             )
         return kernel.with_bandwidth(float(bandwidth))
 
-    def _split(self, count: int, labels: np.ndarray[Any, Any] | None) -> tuple[Any, Any] | None:
+    def _split(self, count: int) -> tuple[Any, Any] | None:
         """Indices to train on and to validate on, of ``validation_fraction``."""
         share = self.validation_fraction
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
@@ -308,10 +311,6 @@ class EstimatorBase(BaseEstimator):  # type: ignore[misc]
 def _better(score: float | None, best: float | None) -> bool:
     """The later of two iterations is kept unless a score says otherwise."""
     return score is None or best is None or score > best
-
-
-def _raise(error: Exception, where: str) -> None:
-    raise error
 
 
 def _not_fitted(estimator: Any) -> Exception:

@@ -102,7 +102,7 @@ class RecursiveFeatureMachine(RegressorMixin, EstimatorBase):  # type: ignore[mi
         held = None
         if validation is not None:
             held = self._checked(validation[0], reset=False), plain(validation[1])
-        elif (split := self._split(len(x), None)) is not None:
+        elif (split := self._split(len(x))) is not None:
             train, apart = split
             held = x[apart], targets[apart]
             x, wide = x[train], wide[train]
@@ -218,7 +218,7 @@ class RecursiveFeatureMachineClassifier(ClassifierMixin, EstimatorBase):  # type
         held = None
         if validation is not None:
             held = self._checked(validation[0], reset=False), plain(validation[1])
-        elif (split := self._split(len(x), labels)) is not None:
+        elif (split := self._split(len(x))) is not None:
             train, apart = split
             held = x[apart], labels[apart]
             x, labels = x[train], labels[train]

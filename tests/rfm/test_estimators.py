@@ -186,6 +186,22 @@ def test_reports_go_where_the_probes_go(tmp_path: Path) -> None:
     assert sum('"relation": "fact"' in line or '"relation":"fact"' in line for line in lines) >= 3
 
 
+def test_a_sink_that_fails_costs_no_fit(caplog: pytest.LogCaptureFixture) -> None:
+    """Its fault is logged, and the fit goes on."""
+
+    class Broken:
+        def write(self, report: Any) -> None:
+            raise OSError("disk full")
+
+        def close(self) -> None:
+            """Nothing."""
+
+    x, y = parity(30)
+    model = RecursiveFeatureMachine(iterations=1, sinks=[Broken()]).fit(x, y)
+    assert len(model.history_) == 2
+    assert "disk full" in caplog.text
+
+
 def test_the_best_iteration_on_held_out_points_is_kept() -> None:
     """By validation points or a share of the points; it stops after so many without gain."""
     x, y = parity(200)
@@ -289,6 +305,7 @@ BAD = [
     ({"rescale": "norm"}, "rescale"),
     ({"solver": "lu"}, "solver"),
     ({"memory": 0.0}, "memory"),
+    ({"memory": "all"}, "memory"),
     ({"validation_fraction": 1.0}, "validation_fraction"),
     ({"validation_fraction": 0.99}, "fewer than 2"),
     ({"random_state": "x"}, "random_state"),
