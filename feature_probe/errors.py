@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 
@@ -23,6 +24,18 @@ class NotMeasuredError(FeatureProbeError, LookupError):
 
 class VerificationError(FeatureProbeError, AssertionError):
     """The run-time self-test found numbers that do not belong together."""
+
+
+def finite_number(name: str, value: Any, *, positive: bool) -> None:
+    """Check that an argument is a number, finite, and above 0 or at least 0.
+
+    Raises:
+        ConfigurationError: if it is not.
+    """
+    fits = isinstance(value, Real) and not isinstance(value, bool)
+    if not fits or not 0 <= value < float("inf") or (positive and value == 0):
+        what = "positive" if positive else "at least 0"
+        raise ConfigurationError(f"{name} must be a finite number, {what}; got {value!r}")
 
 
 def positive_integer(name: str, value: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from feature_probe.errors import ConfigurationError, FeatureProbeError
+from feature_probe.errors import ConfigurationError, FeatureProbeError, finite_number
 from feature_probe.reports.record import Record
 from feature_probe.reports.scoring import log_fault
 from feature_probe.rfm.encoding import Columns, Place, plain
@@ -186,8 +186,7 @@ class EstimatorBase(BaseEstimator):  # type: ignore[misc]
         )
 
     def _settings(self, measured: bool) -> Settings:
-        if isinstance(self.memory, bool) or not isinstance(self.memory, (int, float)):
-            raise ConfigurationError(f"memory must be a number of GiB, got {self.memory!r}")
+        finite_number("memory", self.memory, positive=True)
         return Settings(
             rule=self.update,
             power=self.power,
@@ -215,16 +214,14 @@ class EstimatorBase(BaseEstimator):  # type: ignore[misc]
             bandwidth = kernel.bandwidth if isinstance(self.kernel, Kernel) else _BANDWIDTH
         if bandwidth == "median":
             bandwidth = median_bandwidth(kernel, x, generator)
-        if not isinstance(bandwidth, (int, float)) or isinstance(bandwidth, bool):
-            raise ConfigurationError(
-                f'bandwidth must be a positive number, "median" or None, got {bandwidth!r}'
-            )
+        finite_number('bandwidth, "median" or None,', bandwidth, positive=True)
         return kernel.with_bandwidth(float(bandwidth))
 
     def _split(self, count: int) -> tuple[Any, Any] | None:
         """Indices to train on and to validate on, of ``validation_fraction``."""
         share = self.validation_fraction
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+        finite_number("validation_fraction", share, positive=False)
+        if share >= 1:
             raise ConfigurationError(f"validation_fraction must be in [0, 1), got {share!r}")
         if share == 0:
             if self.patience is not None:

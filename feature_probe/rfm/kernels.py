@@ -19,7 +19,6 @@ norms. Nothing here forms an array of pairs by coordinates.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from feature_probe.errors import ConfigurationError, positive_integer
+from feature_probe.errors import ConfigurationError, finite_number, positive_integer
 
 #: k(u, v) of ``[n, d]`` and ``[m, d]``, to ``[n, m]``, differentiable by autograd.
 KernelFunction = Callable[[Tensor, Tensor], Tensor]
@@ -63,7 +62,7 @@ class Kernel(ABC):
     form = "distance"
 
     def __post_init__(self) -> None:
-        _positive("bandwidth", self.bandwidth)
+        finite_number("bandwidth", self.bandwidth, positive=True)
 
     @abstractmethod
     def values(self, u: Tensor, v: Tensor) -> Tensor:
@@ -243,8 +242,7 @@ class Polynomial(_InnerProduct):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive_integer("degree", self.degree)
-        if not (math.isfinite(self.offset) and self.offset >= 0):
-            raise ConfigurationError(f"offset must be finite and >= 0, got {self.offset!r}")
+        finite_number("offset", self.offset, positive=False)
 
     def values(self, u: Tensor, v: Tensor) -> Tensor:
         """k(u_i, v_j)."""
@@ -347,12 +345,6 @@ def _squared_distances(u: Tensor, v: Tensor) -> Tensor:
     # points that coincide have one norm: twice the own one is both
     noise = own.mul_(2 * _ROUNDINGS * torch.finfo(u.dtype).eps)
     return found.masked_fill_(found <= noise, 0.0)
-
-
-def _positive(name: str, value: object) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:  # type: ignore[operator]
-        raise ConfigurationError(f"{name} must be a positive finite number, got {value!r}")
 
 
 #: Kernels by the name that an estimator takes.

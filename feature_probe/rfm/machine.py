@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from feature_probe.errors import ConfigurationError
+from feature_probe.errors import ConfigurationError, finite_number
 from feature_probe.rfm.features import (
     RULES,
     FeatureMap,
@@ -62,10 +63,10 @@ class Settings:
         _one_of("update", self.rule, RULES)
         _one_of("solver", self.solver, SOLVERS)
         _one_of("rescale", self.rescaling, (None, "trace", "max"))
-        _number("power", self.power, positive=True)
-        _number("ridge", self.ridge, positive=False)
-        _number("tolerance", self.tolerance, positive=True)
-        _number("memory", self.memory, positive=True)
+        finite_number("power", self.power, positive=True)
+        finite_number("ridge", self.ridge, positive=False)
+        finite_number("tolerance", self.tolerance, positive=True)
+        finite_number("memory", self.memory, positive=True)
         _count("iterations", self.iterations, least=0)
         if self.patience is not None:
             _count("patience", self.patience, least=1)
@@ -236,13 +237,6 @@ def _one_of(name: str, value: object, known: tuple[object, ...]) -> None:
         raise ConfigurationError(f"{name} must be one of {shown}; got {value!r}")
 
 
-def _number(name: str, value: object, positive: bool) -> None:
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not fits or not 0 <= value < float("inf") or (positive and value == 0):  # type: ignore[operator]
-        what = "positive" if positive else "at least 0"
-        raise ConfigurationError(f"{name} must be a finite number, {what}; got {value!r}")
-
-
 def _count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ConfigurationError(f"{name} must be an integer of at least {least}, got {value!r}")

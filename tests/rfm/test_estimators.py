@@ -221,6 +221,15 @@ def test_the_best_iteration_on_held_out_points_is_kept() -> None:
         RecursiveFeatureMachine(patience=2).fit(x, y)
 
 
+def test_numbers_may_be_numpys() -> None:
+    """Searches over parameters hand over NumPy's own."""
+    x, y = parity(30)
+    model = RecursiveFeatureMachine(
+        iterations=np.int64(1), ridge=np.float32(0.5), bandwidth=np.float64(3.0), memory=np.int64(1)
+    )
+    assert model.fit(x, y).n_iter_ == 1
+
+
 def test_callbacks_may_end_the_fit() -> None:
     """Called with each iteration; what was reached is kept."""
     x, y = parity(50)
