@@ -36,8 +36,8 @@ NOTE = (
     "far as the rate was not raised for Adam. At 1e-5 decay does next to nothing in 60,000 epochs "
     "of SGD, and what is found depends on the target: three of them differ by 0.03 to 0.1 "
     "(`nfa_targets.py`; a spread here is over seeds, each with its own target), as much as cells "
-    "differ from the printed ones, whose target is not known. A larger rate from the first epoch on "
-    "lowers them further (`nfa_rates.py`), which is why no run here has one in the first 2,000."
+    "differ from the printed ones, whose target is not known. A larger rate from the first epoch "
+    "on lowers them further (`nfa_rates.py`), which is why no run here has one in the first 2,000."
 )
 
 
