@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import pickle
@@ -424,3 +425,19 @@ def test_a_row_says_its_mean_and_spread() -> None:
     """Over seeds the standard deviation; of one seed the value alone."""
     assert Row("x", "", [1.0, 2.0, 3.0]).ours == "2.000 ± 1.000"
     assert Row("x", "", [0.5]).ours == "0.500"
+
+
+def test_a_table_of_the_paper_is_a_table_here(tmp_path: Path) -> None:
+    """Rows named "row: column" become cells, the paper's number in brackets, notes once a row."""
+    result = Results("t", "T", "t.py", False, columns=["a", "b"], note="All of it.", minutes=1.0)
+    result.rows = [
+        Row("n = 1: a", "0.5", [0.25], "why"),
+        Row("n = 1: b", "", [math.nan], "why"),
+        Row("n = 2: b", "1", [1.0, 3.0]),
+    ]
+    (tmp_path / "t.json").write_text(json.dumps(dataclasses.asdict(result)), encoding="utf-8")
+    text = table.table(tmp_path)
+    assert "|  | a | b | notes |" in text
+    assert "| n = 1 | 0.250 (0.5) | diverged | why |" in text
+    assert "\n\nAll of it.\n" in text + "\n"
+    assert "| n = 2 |  | 2.000 ± 1.414 (1) |  |" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ import nfa_tables
 import nfa_targets
 import paper_lab
 import torch
+from network_stack import NetworkStack
 from nfa_lab import DECAYS, Group, Network
 from test_papers import run
 
@@ -64,10 +66,10 @@ def test_a_table_has_the_printed_numbers_beside_ours(trained: Path) -> None:
     """All cells of the table, and more alignment with more decay."""
     results, found = run(nfa_tables, trained)
     assert results.name == "nfa_tables_rank5"
-    assert len(found) == 5 * len(ENDS)
+    assert len(found) == 6 * len(ENDS)
     printed = {row.what: row.paper for row in results.rows}
-    assert printed["sgdm, L = 2, λ = 1e-05 (200x shorter)"] == "1.00"
-    values = [found[f"sgdm, L = 2, λ = {decay:.0e} (200x shorter)"] for decay in ENDS]
+    assert printed["L = 2, λ = 1e-05: sgdm"] == "1.00"
+    values = [found[f"L = 2, λ = {decay:.0e}: sgdm"] for decay in ENDS]
     assert values[-1] > values[0] + 0.02
     assert values[-1] > 0.97
 
@@ -151,7 +153,40 @@ def test_stored_shows_what_is_there_and_trains_nothing(
     nfa_lab.all_seeds("gdm", 2, experiment(tmp_path))
     monkeypatch.setattr(nfa_lab, "_train", lambda _: pytest.fail("trained"))
     _, found = run(nfa_tables, tmp_path, "--stored", "1")
-    assert [what[:3] for what in found] == ["gdm", "gdm"]
+    assert {what.rpartition(": ")[2] for what in found} == {"gdm", nfa_tables.CHANCE}
+
+
+def test_of_what_is_stored_the_least_shortened_is_shown(tmp_path: Path) -> None:
+    """Of runs shortened 20 and 2 times the latter, also where the options say 20."""
+    arguments = ["--out", str(tmp_path), "--stored", "1", "--shorter", "20"]
+    shown = paper_lab.Experiment(
+        "x.py", "x", arguments, seeds=1, shorter=nfa_lab.SHORTER, plain=(0, 1), stored=(0, 1)
+    )
+    for times in (20, 2):
+        group = nfa_lab.group("sgdm", 2, 0, shown, shorter=times)
+        nfa_lab.kept(shown, group.name, asdict(group), lambda: [{"epoch": 0, "networks": []}])
+    [found] = nfa_lab.all_seeds("sgdm", 2, shown)
+    assert found["settings"]["shorter"] == 2
+    assert nfa_lab.all_seeds("sgdm", 3, shown) == []
+
+
+@pytest.mark.parametrize("ends", [0, 50])
+def test_a_shorter_run_has_the_same_sum_of_rates(
+    ends: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer epochs at larger rates; the first and the last keep the printed one where asked."""
+    rates: list[float] = []
+    monkeypatch.setattr(NetworkStack, "step", lambda self, x, y, rate: rates.append(rate))
+    for shorter in (1, 10):
+        rates.clear()
+        group = Group("gd", 2, (Network(1e-3),), shorter=shorter, ends=ends, epochs=300, points=64)
+        snapshots = nfa_lab._train(group)
+        assert sum(rates) == pytest.approx(1e-3 * 300 + 1e-4 * 100)
+        assert snapshots[-1]["epoch"] == 400
+        assert len(rates) == (400 if shorter == 1 else 40 if ends == 0 else 2 * 50 + 20 + 100)
+        assert max(rates) == pytest.approx(1e-3 * shorter)
+        if ends:
+            assert set(rates[:ends]) == set(rates[-100 - ends : -100]) == {1e-3}
 
 
 def test_what_was_trained_is_not_trained_again(

@@ -12,12 +12,16 @@ subject of centered_dip.py.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from centered_training import (
     LAYERS,
+    RATE,
     SCALES,
     SPREAD,
     TEST,
+    TIMES,
+    TIMES_FAST,
     TRAIN,
     Curves,
     Setting,
@@ -25,14 +29,15 @@ from centered_training import (
     draw,
     last,
     lowest,
+    read_at,
     train,
 )
 from paper_lab import Experiment, Results, axes
 
 NAMES = {"nfa": "uncentred", "init_centered_nfa": "init-centred"}
 _UNSTABLE = (
-    "the loss jumps from 1.3 to 9 and more by step 3: at s = 1 the rate of 0.05 is beyond "
-    "stability, and the jump is in W − W₀; at 0.01 (next row) it does not, and the score stays"
+    "at s = 1 the rate of 0.05 is beyond stability: the loss jumps (row of step 3), and the jump "
+    "is in W − W₀; at 0.01 (next row) it does not, and the score stays"
 )
 _DIP = (
     "the paper prints curves, no numbers, and says 'especially high early'. The dip is in the part "
@@ -41,18 +46,16 @@ _DIP = (
     "Fig. 1 read as a factor of the standard deviation"
 )
 _FITTED = (
-    "at s = 1, late, as 256 points are fitted by heart: with 1,024 the lowest of one seed at s = 1 "
-    "is 0.83 in place of 0.64 (Fig. 7), and 0.78 in place of 0.61 (Fig. 8)"
+    "at s = 1, late, as 256 points are fitted by heart: with 1,024 (next row) it falls far less"
 )
 _OTHERS = (
     "at s = 1 of its own W₀ is most of layer 2's W, whatever the first layer: with a smaller one "
     "(1/3: PyTorch's own; next rows) the difference is larger"
 )
-_LATE = (
-    "from small weights training is not over at 800 steps: after 3,200, the same two seeds, 0.153 "
-    "at s = 1, 0.126 at 0.1 and 0.137 at 0.01, so lower but not in order"
-)
+_LATE = "from small weights training is not over at 800 steps: see the rows of 3,200"
 OTHERS = {"1/3": 1 / 3, "0.1": 0.1}
+#: A step by which an unstable start shows.
+JUMP = 3
 
 
 def main(argv: Sequence[str] | None = None) -> Results:
@@ -65,11 +68,14 @@ def main(argv: Sequence[str] | None = None) -> Results:
     names = list(SCALES)[::4] if run.fast else list(SCALES)
     found = {
         name: [
-            train(seed, SCALES[name], tuple(NAMES), decay=decay, fast=run.fast, read=apart)
+            train(
+                seed, SCALES[name], tuple(NAMES), decay=decay, fast=run.fast, read=apart,
+                also=(JUMP,) if name == "s = 1" else (),
+            )
             for seed in run.seeds
         ]
         for name in names
-    }
+    }  # fmt: skip
     stable = {name: runs for name, runs in found.items() if run.fast or name != "s = 1"}
     for i, layer in enumerate(LAYERS, 1):
         for relation, title in NAMES.items():
@@ -97,12 +103,19 @@ def main(argv: Sequence[str] | None = None) -> Results:
         if i == 1:
             what = f"layer 1, init-centred, with Cov(J) for K: lowest, {among}, any step"
             run.row(what, "", lowest(stable, layer, SPREAD))
+        if i == 1 and decay:
+            _more_points(run)
     if decay == 0:
+        run.row("train loss, s = 1: before training", "", read_at(0, found["s = 1"], "", TRAIN))
+        jumped = read_at(JUMP, found["s = 1"], "", TRAIN)
+        run.row(f"train loss, s = 1: at step {JUMP}", "", jumped)
         _sensitivity(run, found)
     for name, runs in found.items():
         paper = "lower for smaller s" if decay else ""
         why = _LATE if (decay, name, run.fast) == (2, "s = 0.01", False) else ""
         run.row(f"test loss, {name}: at the end", paper, last(runs, "", TEST), why)
+    if decay == 2:
+        _longer(run, [name for name in names if SCALES[name].rate == RATE])
     figure, grid = axes(2, 3)
     for i, layer in enumerate(LAYERS):
         for j, (relation, title) in enumerate(NAMES.items()):
@@ -116,6 +129,28 @@ def main(argv: Sequence[str] | None = None) -> Results:
     grid[1, 2].set_xlabel("time, in steps of 0.05")
     grid[0, 2].legend(fontsize=7)
     return run.finish(figure)
+
+
+def _more_points(run: Experiment) -> None:
+    """The first layer's score at s = 1, at a stable rate, with four times the points."""
+    setting = replace(SCALES["s = 1, rate 0.01"], points=1024)
+    runs = [
+        train(seed, setting, ("init_centered_nfa",), decay=run.options.decay, fast=run.fast)
+        for seed in run.seeds
+    ]
+    what = "layer 1, init-centred, s = 1, rate 0.01, 1,024 points: lowest, any step"
+    run.row(what, "high throughout", lowest({"": runs}, LAYERS[0], "init_centered_nfa"))
+
+
+def _longer(run: Experiment, names: Sequence[str]) -> None:
+    """The test losses after four times as many steps."""
+    end = 4 * (TIMES_FAST if run.fast else TIMES)[-1]
+    for name in names:
+        runs = [
+            train(seed, SCALES[name], ("nfa",), decay=2, fast=run.fast, also=(end,))
+            for seed in run.seeds
+        ]
+        run.row(f"test loss, {name}: after {end:,} steps", "", last(runs, "", TEST))
 
 
 def _sensitivity(run: Experiment, found: Mapping[str, Sequence[Curves]]) -> None:

@@ -193,10 +193,11 @@ def train(
         decay: Of the inputs' spectrum, see :func:`data`.
         fast: A small network for a short time.
         read: What is kept of a report.
-        also: Times of reports besides the usual ones.
+        also: Times of reports besides the usual ones; it trains until the latest of all.
     """
     torch.manual_seed(seed)
-    points, width, times = (64, 24, TIMES_FAST) if fast else (setting.points, 256, TIMES)
+    width, times = (24, TIMES_FAST) if fast else (256, TIMES)
+    points = setting.points // 4 if fast else setting.points
     times = sorted({*times, *also})
     longer = round(RATE / setting.rate)
     x, y = data(points, decay, setting.mirrored)

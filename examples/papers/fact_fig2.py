@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
         axis.set(ylim=(min(0.0, axis.get_ylim()[0]), 1.03))
         axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(describe(setting), fontsize=9)
-    return run.finish(figure, sum(network.minutes for network in found))
+    return run.finish(figure)
 
 
 def _lowest(network: Trained, label: str) -> float:

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     for axis in grid[-1]:
         axis.set(xlabel="epoch")
     figure.suptitle(describe(setting), fontsize=9)
-    return run.finish(figure, sum(network.minutes for network in found))
+    return run.finish(figure)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -139,7 +139,7 @@ def networks(run: Experiment, followed: bool = False) -> list[Trained]:
     x, y = _images(first, o.data)
     if run.fast:
         x = x.unflatten(1, (28, 28))[:, ::4, ::4].flatten(1)
-    return [trained(replace(first, seed=seed), x, y, o.out / "fact_runs") for seed in run.seeds]
+    return [trained(run, replace(first, seed=seed), x, y) for seed in run.seeds]
 
 
 def describe(setting: Setting) -> str:
@@ -177,29 +177,40 @@ def _images(setting: Setting, data: Path | None) -> tuple[Tensor, Tensor]:
     return x.flatten(1), y
 
 
-def kept(folder: Path) -> Iterator[Trained]:
-    """All networks whose files are there."""
-    return (_read(path) for path in sorted(folder.glob("*.json")))
+def kept(run: Experiment, besides: Sequence[Trained]) -> list[Trained]:
+    """All networks whose files are there; the minutes of those not in ``besides`` are counted."""
+    found = [_read(path) for path in sorted(_folder(run).glob("*.json"))]
+    counted = {network.setting for network in besides}
+    run.spent += sum(network.minutes for network in found if network.setting not in counted)
+    return found
 
 
-def trained(setting: Setting, x: Tensor, y: Tensor, folder: Path) -> Trained:
-    """One network: read if it is in ``folder``, followed or not, else trained and written there.
+def trained(run: Experiment, setting: Setting, x: Tensor, y: Tensor) -> Trained:
+    """One network: read if its file is there, followed or not, else trained and written there.
 
     Args:
+        run: The script's; the minutes of a network that is read are counted there.
         setting: Which.
         x: All images there are to choose from, ``[N, d]`` in [0, 1].
         y: Their classes, ``[N]``.
-        folder: Where files of networks are.
     """
-    path = folder / f"{replace(setting, followed=True).name}.json"
-    if not path.exists():
-        path = folder / f"{setting.name}.json"
-    if not path.exists():
-        found = _train(setting, x, y)
-        data = asdict(found) | {"report": found.report.to_dict()}
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, ensure_ascii=False) + "\n", encoding="utf-8")
-    return _read(path)
+    names = [replace(setting, followed=True).name, setting.name]
+    paths = [_folder(run) / f"{name}.json" for name in names]
+    path = next((path for path in paths if path.exists()), None)
+    if path is not None:
+        read = _read(path)
+        run.spent += read.minutes
+        return read
+    found = _train(setting, x, y)
+    data = asdict(found) | {"report": found.report.to_dict()}
+    paths[-1].parent.mkdir(parents=True, exist_ok=True)
+    paths[-1].write_text(json.dumps(data, ensure_ascii=False) + "\n", encoding="utf-8")
+    return _read(paths[-1])
+
+
+def _folder(run: Experiment) -> Path:
+    folder: Path = run.options.out
+    return folder / "fact_runs"
 
 
 def _read(path: Path) -> Trained:

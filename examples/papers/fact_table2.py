@@ -15,6 +15,7 @@ read as the mean over all entries, PyTorch's own; ``--reading 1`` sums it over c
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,19 +50,18 @@ def printed(setting: Setting) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> Results:
     """Train what is asked for; the table of all there is."""
     run = experiment(__file__, __doc__, argv, seeds=3)
-    networks(run)
     groups: dict[str, list[Trained]] = {}
-    minutes = 0.0
-    for network in kept(run.options.out / "fact_runs"):
+    for network in kept(run, besides=networks(run)):
         groups.setdefault(network.setting.options, []).append(network)
-        minutes += network.minutes
+    run.results.command = "fact_table2.py --points N --width W --epochs E --reading R"
+    run.results.columns = [FORWARD[label] for label in LABELS]
     figure, grid = axes(1, len(LABELS), width=2.2, height=2.4)
     for group in sorted(groups.values(), key=_order):
         setting = group[0].setting
         paper = printed(setting)
         for index, label in enumerate(LABELS):
             values = [network.pearson(label)[0] for network in group]
-            why = _why(group) if index == 0 else ""
+            why = _why(group, paper) if index == 0 else ""
             shown = f"{paper[label]:.3f}" if paper else ""
             run.row(f"{describe(setting)}: {FORWARD[label]}", shown, values, why)
             _draw(grid[0, index], setting, values, paper.get(label, math.nan))
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     grid[0, -1].legend(
         *_legend(groups.values()), fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5)
     )
-    return run.finish(figure, minutes)
+    return run.finish(figure)
 
 
 def _order(group: list[Trained]) -> tuple[Any, ...]:
@@ -81,15 +81,19 @@ def _order(group: list[Trained]) -> tuple[Any, ...]:
     return (s.cifar, s.points, s.reading, -s.width, s.hidden, s.epochs)
 
 
-def _why(group: list[Trained]) -> str:
-    """Seeds, loss, and what decay alone would have left of the initial WᵀW."""
+def _why(group: list[Trained], paper: dict[str, float]) -> str:
+    """Seeds, loss, what decay alone would have left of the initial WᵀW, and so which age it is."""
     age = group[0].setting.age
     worst = max(network.worst for network in group)
     left = math.exp(-2 * age)
-    return (
+    said = (
         f"{len(group)} seed{'s' * (len(group) > 1)}; decay alone leaves {left:.1%} of the initial "
         f"WᵀW; largest loss of a batch {worst:.0e}"
     )
+    away = statistics.fmean(one.pearson("fact")[0] for one in group) - paper.get("fact", math.nan)
+    if away < -0.05 and left > 0.05:
+        return said + "; too young for the printed values: see more epochs"
+    return said + ("; older than the printed values are" if away > 0.05 else "")
 
 
 def _style(setting: Setting) -> dict[str, Any]:

@@ -11,11 +11,13 @@ suzannastep/linearlayers) has 21 units, A = UΣVᵀ with Haar U and V and r sing
 U(0, 100), a ~ N(0, 1), b ~ U(−½, ½); App. C's "A ∈ R^{21×20} is a rank-5 matrix" agrees. That is
 the reading here; in the other one A ∈ R^{r×d} as in §5, A and a are standard normal and b = 0.
 
-``--shorter k`` runs k times fewer epochs at k times the learning rate: for (S)GD the same time of
-gradient flow and the same decay age Σηλ/(1 − μ), with more noise of the batches; for Adam, whose
-steps do not scale with the gradient, only the sum of the rates is the same. What was trained is
-kept in ``nfa_runs`` under ``--out``, a file a group of networks, and not trained again, so that a
-run can be broken off and gone on with; ``--stored 1`` trains nothing and shows what is there.
+``--shorter k`` runs k times fewer epochs at k times the learning rate between the first 2,000,
+which decide what SGD finds at small λ (nfa_rates.py), and the last 2,000, in which its noise is as
+in the paper: for (S)GD the same time of gradient flow and the same decay age Σηλ/(1 − μ), with more
+noise of the batches on the way; for Adam, whose steps do not scale with the gradient, only the sum
+of the rates is the same. What was trained is kept in ``nfa_runs`` under ``--out``, a file a group
+of networks, and not trained again, so that a run can be broken off and gone on with; ``--stored 1``
+trains nothing and shows what is there, of each group the least shortened.
 """
 
 from __future__ import annotations
@@ -63,6 +65,8 @@ SHORTER = (1, 2, 4, 5, 10, 20, 40, 100)
 #: The printed numbers, by rank, noise, L, λ and optimizer.
 PRINTED = Path(__file__).resolve().parent / "nfa_tables.csv"
 EPOCHS, LAST, BATCH, INPUTS, WIDTH = 60_000, 100, 64, 20, 64
+#: The epochs at each end that a shortened run does not shorten.
+ENDS = 2000
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class Group:
         rank: r of the target.
         seed: Of data, initial weights and batches.
         shorter: How many times fewer epochs, at as many times the rate.
+        ends: Of the epochs, the first and the last that keep the printed rate nevertheless.
         plain: The target's other reading: A ∈ R^{r×d} and a standard normal, b = 0.
         decay_biases: Whether biases decay too, which is not printed; in Parkinson et al.'s code
             they do not.
@@ -99,6 +104,7 @@ class Group:
     rank: int = 5
     seed: int = 0
     shorter: int = 1
+    ends: int = 0
     plain: bool = False
     decay_biases: bool = True
     points: int = 2048
@@ -111,6 +117,7 @@ class Group:
         kinds = sorted({f"{'b' * n.balanced}{'n' * (n.noise > 0)}" for n in self.networks})
         parts = [self.optimizer, f"L{self.depth}", f"r{self.rank}", f"seed{self.seed}"]
         parts += [f"k{self.shorter}"] if self.shorter > 1 else []
+        parts += [f"ends{self.ends}"] if self.ends else []
         parts += ["plain"] * self.plain + ["weights"] * (not self.decay_biases)
         parts += [f"N{self.points}"] * (self.points != 2048)
         parts += [f"e{self.epochs}"] * (self.epochs != EPOCHS)
@@ -129,9 +136,12 @@ def decays(run: Experiment) -> tuple[float, ...]:
     return (DECAYS[0], DECAYS[-1]) if run.fast else DECAYS
 
 
-def group(optimizer: str, depth: int, seed: int, run: Experiment, noise: float = 0.0) -> Group:
+def group(
+    optimizer: str, depth: int, seed: int, run: Experiment, noise: float = 0.0, shorter: int = 0
+) -> Group:
     """The networks of one optimizer and depth, one a λ; for SGD with Fig. 2's balanced ones."""
     options = run.options
+    shorter = min(shorter or options.shorter, SHORTEST[optimizer][depth])
     starts = (False, True) if optimizer == "sgd" and not noise else (False,)
     networks = tuple(Network(decay, start, noise) for start in starts for decay in decays(run))
     rank = getattr(options, "rank", 5)
@@ -146,7 +156,8 @@ def group(optimizer: str, depth: int, seed: int, run: Experiment, noise: float =
         networks,
         rank,
         seed,
-        shorter=min(options.shorter, SHORTEST[optimizer][depth]),
+        shorter=shorter,
+        ends=ENDS if shorter > 1 else 0,
         plain=bool(options.plain),
         decay_biases=bool(getattr(options, "biases", 1)),
     )
@@ -280,14 +291,18 @@ def _place(run: Experiment, name: str) -> Path:
 
 def all_seeds(optimizer: str, depth: int, run: Experiment, noise: float = 0.0) -> list[Run]:
     """Runs of one optimizer and depth, one a seed; with ``--stored 1`` those that are there."""
-    groups = [group(optimizer, depth, seed, run, noise) for seed in run.seeds]
-    if run.options.stored:
-        before = [stored(run, one.name, asdict(one)) for one in groups]
-        return [one for one in before if one is not None]
-    return [train(one, run) for one in groups]
+    if not run.options.stored:
+        return [train(group(optimizer, depth, seed, run, noise), run) for seed in run.seeds]
+    for shorter in SHORTER:
+        groups = [group(optimizer, depth, seed, run, noise, shorter) for seed in run.seeds]
+        before = [found for one in groups if (found := stored(run, one.name, asdict(one)))]
+        if before:
+            return before
+    return []
 
 
 def _train(group: Group) -> list[dict[str, Any]]:
+    torch.set_flush_denormal(True)  # weights that decay to nothing would slow all steps down
     architecture = Architecture(INPUTS, WIDTH, group.depth)
     x, clean = data(group.rank, group.points, group.seed, group.plain)
     draw = torch.Generator().manual_seed(2000 + group.seed)
@@ -300,15 +315,24 @@ def _train(group: Group) -> list[dict[str, Any]]:
         OPTIMIZERS[group.optimizer],
         group.decay_biases,
     )
-    rate = OPTIMIZERS[group.optimizer].rate * group.shorter
-    epochs = max(1, group.epochs // group.shorter)
-    last = max(1, group.last // group.shorter)
+    rate = OPTIMIZERS[group.optimizer].rate
+    # by epoch, how many of the paper's it stands for, and at how many times its rate it is run
+    shortened = max(1, (group.epochs - 2 * group.ends) // group.shorter)
+    slower = 1 if group.ends else group.shorter
+    schedule = [
+        *[(1, 1.0)] * group.ends,
+        *[(group.shorter, float(group.shorter))] * shortened,
+        *[(1, 1.0)] * group.ends,
+        *[(slower, slower / 10)] * max(1, group.last // slower),
+    ]
     # more often at the start, where the curves rise
-    readings = 10 if epochs > 1000 else 1
-    read = {round(epochs * (i / readings) ** 2) for i in range(1, readings + 1)}
+    readings = 10 if len(schedule) > 1000 else 1
+    due = [group.epochs * (i / readings) ** 2 for i in range(1, readings + 1)]
     snapshots = [_snapshot(stack, group, x, y, 0, (1.0,))]
-    for epoch in range(1, epochs + last + 1):
-        now = rate if epoch <= epochs else rate / 10
+    epoch = 0
+    for stands_for, times in schedule:
+        epoch += stands_for
+        now = rate * times
         if group.optimizer.startswith("gd"):
             stack.step(x, y, now)
         else:
@@ -317,9 +341,10 @@ def _train(group: Group) -> list[dict[str, Any]]:
             for first in range(0, group.points, BATCH):
                 batch = slice(first, first + BATCH)
                 stack.step(inputs[batch], labels[:, batch], now)
-        if epoch in read:
+        if due and epoch >= round(due[0]):
+            due.pop(0)
             snapshots.append(_snapshot(stack, group, x, y, epoch, (1.0,)))
-    snapshots.append(_snapshot(stack, group, x, y, epochs + last))
+    snapshots.append(_snapshot(stack, group, x, y, epoch))
     return snapshots
 
 
@@ -340,7 +365,7 @@ def _snapshot(
             diverged = not math.isfinite(loss)
             cosines = {} if diverged else linear_cosines(network[0], group.depth, powers)
             numbers.append({"loss": loss, **cosines})
-    return {"epoch": epoch * group.shorter, "networks": numbers}
+    return {"epoch": epoch, "networks": numbers}
 
 
 def found(run: Run, network: Network, snapshot: int = -1) -> dict[str, Any]:

@@ -81,6 +81,8 @@ class Results:
         command: The script with its options, which finds the same again.
         fast: Whether at the small setting.
         rows: The numbers.
+        note: What is to be said of all of it, and how that was tested.
+        columns: Of a result that is a table in the paper too: rows are named "row: column".
         minutes: How long it took, of one core.
     """
 
@@ -89,6 +91,8 @@ class Results:
     command: str
     fast: bool
     rows: list[Row] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
+    note: str = ""
     minutes: float = math.nan
 
     def __str__(self) -> str:
@@ -156,15 +160,9 @@ class Experiment:
         """Add a number."""
         self.results.rows.append(Row(what, paper, [float(value) for value in values], why))
 
-    def finish(self, figure: Figure, minutes: float | None = None) -> Results:
-        """Write figure and numbers, and print them.
-
-        Args:
-            figure: The figure.
-            minutes: What the numbers took, where they were not all computed now.
-        """
-        elapsed = self.spent + (time.process_time() - self._start) / 60
-        self.results.minutes = elapsed if minutes is None else minutes
+    def finish(self, figure: Figure) -> Results:
+        """Write figure and numbers, and print them."""
+        self.results.minutes = self.spent + (time.process_time() - self._start) / 60
         self.options.out.mkdir(parents=True, exist_ok=True)
         name = self.results.name + ("_fast" if self.fast else "")
         figure.savefig(self.options.out / f"{name}.png")

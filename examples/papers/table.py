@@ -33,20 +33,25 @@ def table(folder: Path = RESULTS) -> str:
 def _section(found: dict[str, Any], folder: Path) -> str:
     rows = [Row(**row) for row in found["rows"]]
     seeds = len(rows[0].values)
-    parts = [
-        f"### {found['title']}",
-        f"`python examples/papers/{found['command']}`, {found['minutes']:.1f} minutes of a core, "
-        f"{seeds} seed{'s' * (seeds > 1)}",
-    ]
+    said = f"`python examples/papers/{found['command']}`, {found['minutes']:.1f} minutes of a core"
+    if all(len(row.values) == seeds for row in rows):
+        said += f", {seeds} seed{'s' * (seeds > 1)}"
+    parts = [f"### {found['title']}", said]
     told = [row for row in rows if row.paper or row.why]
     rest = [row for row in rows if not (row.paper or row.why)]
-    if told:
+    if columns := found.get("columns"):
+        parts[-1] += ". In brackets: the paper's"
+        parts.append(_grid(rows, columns))
+        rest = []
+    elif told:
         parts.append(
             _rows(
                 ("", "paper", "ours", "why it differs"),
                 [(row.what, row.paper, row.ours, row.why) for row in told],
             )
         )
+    if note := found.get("note"):
+        parts.append(note)
     picture = folder / f"{found['name']}.png"
     if picture.exists():
         parts.append(f"![{found['title']}](papers/results/{picture.name})")
@@ -55,6 +60,25 @@ def _section(found: dict[str, Any], folder: Path) -> str:
         summary = f"<summary>{len(rest)} more numbers</summary>"
         parts.append(f"<details>{summary}\n\n{numbers}\n\n</details>")
     return "\n\n".join(parts)
+
+
+def _grid(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """Rows named "row: column" as a table of that shape, and what explains differences."""
+    cells: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        name, _, column = row.what.rpartition(": ")
+        cells.setdefault(name, {})[column] = row
+    lines = []
+    for name, by_column in cells.items():
+        shown = [_cell(by_column[column]) if column in by_column else "" for column in columns]
+        whys = dict.fromkeys(row.why for row in by_column.values() if row.why)
+        lines.append([name, *shown, "; ".join(whys)])
+    return _rows(("", *columns, "notes"), lines)
+
+
+def _cell(row: Row) -> str:
+    ours = "diverged" if row.ours == "nan" else row.ours
+    return f"{ours} ({row.paper})" if row.paper else ours
 
 
 def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
