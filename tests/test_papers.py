@@ -429,7 +429,7 @@ def test_a_row_says_its_mean_and_spread() -> None:
 
 def test_a_table_of_the_paper_is_a_table_here(tmp_path: Path) -> None:
     """Rows named "row: column" become cells, the paper's number in brackets, notes once a row."""
-    result = Results("t", "T", "t.py", False, columns=["a", "b"], minutes=1.0)
+    result = Results("t", "T", "t.py", False, columns=["a", "b"], note="All of it.", minutes=1.0)
     result.rows = [
         Row("n = 1: a", "0.5", [0.25], "why"),
         Row("n = 1: b", "", [math.nan], "why"),
@@ -439,4 +439,5 @@ def test_a_table_of_the_paper_is_a_table_here(tmp_path: Path) -> None:
     text = table.table(tmp_path)
     assert "|  | a | b | notes |" in text
     assert "| n = 1 | 0.250 (0.5) | diverged | why |" in text
+    assert "\n\nAll of it.\n" in text + "\n"
     assert "| n = 2 |  | 2.000 ± 1.414 (1) |  |" in text

@@ -15,6 +15,7 @@ read as the mean over all entries, PyTorch's own; ``--reading 1`` sums it over c
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
         paper = printed(setting)
         for index, label in enumerate(LABELS):
             values = [network.pearson(label)[0] for network in group]
-            why = _why(group) if index == 0 else ""
+            why = _why(group, paper) if index == 0 else ""
             shown = f"{paper[label]:.3f}" if paper else ""
             run.row(f"{describe(setting)}: {FORWARD[label]}", shown, values, why)
             _draw(grid[0, index], setting, values, paper.get(label, math.nan))
@@ -80,15 +81,19 @@ def _order(group: list[Trained]) -> tuple[Any, ...]:
     return (s.cifar, s.points, s.reading, -s.width, s.hidden, s.epochs)
 
 
-def _why(group: list[Trained]) -> str:
-    """Seeds, loss, and what decay alone would have left of the initial WᵀW."""
+def _why(group: list[Trained], paper: dict[str, float]) -> str:
+    """Seeds, loss, what decay alone would have left of the initial WᵀW, and so which age it is."""
     age = group[0].setting.age
     worst = max(network.worst for network in group)
     left = math.exp(-2 * age)
-    return (
+    said = (
         f"{len(group)} seed{'s' * (len(group) > 1)}; decay alone leaves {left:.1%} of the initial "
         f"WᵀW; largest loss of a batch {worst:.0e}"
     )
+    away = statistics.fmean(one.pearson("fact")[0] for one in group) - paper.get("fact", math.nan)
+    if away < -0.05 and left > 0.05:
+        return said + "; too young for the printed values: see more epochs"
+    return said + ("; older than the printed values are" if away > 0.05 else "")
 
 
 def _style(setting: Setting) -> dict[str, Any]:

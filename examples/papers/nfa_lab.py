@@ -302,6 +302,7 @@ def all_seeds(optimizer: str, depth: int, run: Experiment, noise: float = 0.0) -
 
 
 def _train(group: Group) -> list[dict[str, Any]]:
+    torch.set_flush_denormal(True)  # weights that decay to nothing would slow all steps down
     architecture = Architecture(INPUTS, WIDTH, group.depth)
     x, clean = data(group.rank, group.points, group.seed, group.plain)
     draw = torch.Generator().manual_seed(2000 + group.seed)

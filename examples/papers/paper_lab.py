@@ -81,6 +81,7 @@ class Results:
         command: The script with its options, which finds the same again.
         fast: Whether at the small setting.
         rows: The numbers.
+        note: What is to be said of all of it, and how that was tested.
         columns: Of a result that is a table in the paper too: rows are named "row: column".
         minutes: How long it took, of one core.
     """
@@ -91,6 +92,7 @@ class Results:
     fast: bool
     rows: list[Row] = field(default_factory=list)
     columns: list[str] = field(default_factory=list)
+    note: str = ""
     minutes: float = math.nan
 
     def __str__(self) -> str:

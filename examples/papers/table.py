@@ -50,6 +50,8 @@ def _section(found: dict[str, Any], folder: Path) -> str:
                 [(row.what, row.paper, row.ours, row.why) for row in told],
             )
         )
+    if note := found.get("note"):
+        parts.append(note)
     picture = folder / f"{found['name']}.png"
     if picture.exists():
         parts.append(f"![{found['title']}](papers/results/{picture.name})")
