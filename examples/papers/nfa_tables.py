@@ -32,12 +32,14 @@ from paper_lab import COLORS, LINES, Experiment, Results, axes
 
 CHANCE = "by chance"
 NOTE = (
-    "At λ = 1e-3 and 1e-2 decay has the time to decide, and cells agree with the printed ones, as "
-    "far as the rate was not raised for Adam. At 1e-5 decay does next to nothing in 60,000 epochs "
+    "At λ = 1e-3 and 1e-2 decay has the time to decide, and cells agree with the printed ones (but "
+    "for Adam, see the end). At 1e-5 decay does next to nothing in 60,000 epochs "
     "of SGD, and what is found depends on the target: three of them differ by 0.03 to 0.1 "
     "(`nfa_targets.py`; a spread here is over seeds, each with its own target), as much as cells "
     "differ from the printed ones, whose target is not known. A larger rate from the first epoch "
-    "on lowers them further (`nfa_rates.py`), which is why no run here has one in the first 2,000."
+    "on lowers them further (`nfa_rates.py`), which is why no run here has one in the first 2,000. "
+    "Of Adam's decay a larger rate later on leaves less as well: one target comes the nearer to the "
+    "printed cosines the less is shortened (last rows of `nfa_rates.py`)."
 )
 
 
