@@ -38,8 +38,8 @@ NOTE = (
     "(`nfa_targets.py`; a spread here is over seeds, each with its own target), as much as cells "
     "differ from the printed ones, whose target is not known. A larger rate from the first epoch "
     "on lowers them further (`nfa_rates.py`), which is why no run here has one in the first 2,000. "
-    "Of Adam's decay a larger rate later on leaves less as well: one target comes the nearer to the "
-    "printed cosines the less is shortened (last rows of `nfa_rates.py`)."
+    "Of Adam's decay a larger rate later on leaves less as well: one target comes the nearer to "
+    "the printed cosines the less is shortened (last rows of `nfa_rates.py`)."
 )
 
 
