@@ -233,10 +233,12 @@ RUNS = [
     pytest.param(mlp, "sgd", STEPS, {}, id="mlp sgd"),
     pytest.param(mlp, "adamw", STEPS, {"jacobian": "exact"}, id="mlp adamw exact"),
     pytest.param(mlp, "adamw", STEPS, {"positions": "reduce", "num_probes": 3}, id="mlp reduce"),
-    pytest.param(small_vit, "sgd", STEPS, {}, id="vit sgd"),
+    pytest.param(small_vit, "sgd", STEPS, {}, id="vit sgd", marks=pytest.mark.slow),
     pytest.param(small_vit, "adamw", STEPS, {"jacobian": "exact"}, id="vit adamw exact"),
     pytest.param(narrow_resnet18, "sgd", STEPS, {}, id="narrow resnet18 sgd"),
-    pytest.param(narrow_resnet18, "adamw", STEPS, {}, id="narrow resnet18 adamw"),
+    pytest.param(
+        narrow_resnet18, "adamw", STEPS, {}, id="narrow resnet18 adamw", marks=pytest.mark.slow
+    ),
     pytest.param(resnet18, "sgd", STEPS, {}, id="resnet18 sgd", marks=pytest.mark.slow),
     pytest.param(resnet18, "adamw", STEPS, {}, id="resnet18 adamw", marks=pytest.mark.slow),
 ]

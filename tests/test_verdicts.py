@@ -245,7 +245,7 @@ SHORT = Setting("mlp", "momentum", 0.05, 1e-2, age=5.0, batch=64, window=64, set
     "setting",
     [
         SHORT,
-        replace(SHORT, network="mlp+bn", window=20),
+        pytest.param(replace(SHORT, network="mlp+bn", window=20), marks=pytest.mark.slow),
         replace(SHORT, optimizer="adamw", lr=1e-2, decay=0.5),
         replace(SHORT, decay=0.0, lr=0.05, age=1.5),
     ],

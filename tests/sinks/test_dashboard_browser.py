@@ -63,7 +63,7 @@ def wait_for_runs(address: str, log: Path) -> None:
     pytest.fail(f"TensorBoard found no run in {PATIENCE} s:\n{log.read_text()}")
 
 
-@pytest.fixture(params=["auto", "false"])
+@pytest.fixture(params=["auto", pytest.param("false", marks=pytest.mark.slow)])
 def address(
     request: pytest.FixtureRequest, tmp_path: Path, make_report: Callable[..., Report]
 ) -> Iterator[str]:
