@@ -32,23 +32,23 @@ def main(argv: Sequence[str] | None = None) -> Results:
     run.results.name += "_plain" * run.options.plain
     runs = {depth: all_seeds("sgd", depth, run) for depth in depths(run)}
     runs = {depth: found for depth, found in runs.items() if found}
+    run.results.columns = [f"L = {depth}" for depth in runs]
     times = sorted({one["settings"]["shorter"] for same in runs.values() for one in same})
-    how = f"L = {', '.join(map(str, runs))}"
-    how += "" if times == [1] else f" ({' to '.join(map(str, times))}x shorter)"
+    how = "" if times == [1] else f" ({' to '.join(map(str, times))}x shorter)"
+    run.results.title += how
     figure, grid = axes(2, len(decays(run)), width=2.2, height=2.0)
     for row, balanced in enumerate((True, False)):
         name = "balanced" if balanced else "unbalanced"
         for column, decay in enumerate(decays(run)):
             network = Network(decay, balanced)
-            lowest = [min(cosine(runs[d][i], network) for d in runs) for i in range(len(run.seeds))]
-            fitted = [
-                max((_best(runs[d][i], network) for d in runs), key=_far)
-                for i in range(len(run.seeds))
-            ]
             what = f"{name}, λ = {decay:.0e}"
-            run.row(f"{what}: lowest cosine at α̃ = 1, {how}", "", lowest)
             peak = "1" if balanced or decay == max(decays(run)) else ""
-            run.row(f"{what}: best α̃ tried, the farthest from 1 of {how}", peak, fitted)
+            for depth, same in runs.items():
+                cosines = [cosine(one, network) for one in same]
+                run.row(f"{what}, cosine at α̃ = 1: L = {depth}", "", cosines)
+            for depth, same in runs.items():
+                best = [_best(one, network) for one in same]
+                run.row(f"{what}, best α̃ tried: L = {depth}", peak, best)
             axis = grid[row, column]
             for depth, color, line in zip(runs, COLORS, LINES, strict=False):
                 curves = [found(one, network)["cosines"] for one in runs[depth]]
@@ -67,10 +67,6 @@ def _best(run: Run, network: Network) -> float:
     """Of the scaled powers tried, the one with the highest cosine."""
     cosines = found(run, network)["cosines"]
     return max(zip(cosines, SCALED_POWERS, strict=True))[1]
-
-
-def _far(scaled: float) -> float:
-    return abs(scaled - 1)
 
 
 if __name__ == "__main__":
