@@ -46,8 +46,6 @@ def main(argv: Sequence[str] | None = None) -> Results:
     how = "" if times == [1] else f" ({' to '.join(map(str, times))}x shorter)"
     run.results.title += how
     run.results.note = NOTE
-    if not run.fast:
-        _by_rate(run)
     figure, grid = axes(2, len(decays(run)), width=2.2, height=2.0)
     for row, balanced in enumerate((True, False)):
         name = "balanced" if balanced else "unbalanced"
@@ -72,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> Results:
                 axis.set_xlabel("α̃ = Lα")
         grid[row, 0].set_ylabel("cosine")
     grid[1, 0].legend()
+    if not run.fast:
+        _by_rate(run)
     return run.finish(figure)
 
 
