@@ -119,7 +119,6 @@ class EstimatorBase(BaseEstimator):  # type: ignore[misc]
         self,
         x: Any,
         y: np.ndarray[Any, Any],
-        place: Place,
         validation: tuple[Any, Any] | None,
     ) -> None:
         """Run the iterations on checked inputs.
@@ -127,9 +126,9 @@ class EstimatorBase(BaseEstimator):  # type: ignore[misc]
         Args:
             x: ``[n, columns]``.
             y: Targets, ``[n, c]``.
-            place: Where.
             validation: Checked inputs, and targets as :meth:`_score` takes them.
         """
+        place = Place.of(x, self.device, self.dtype)
         generator = self._generator()
         measured = bool(self.history or self.sinks or self.log_dir is not None)
         settings = self._settings(measured)
@@ -217,6 +216,18 @@ class EstimatorBase(BaseEstimator):  # type: ignore[misc]
         finite_number('bandwidth, "median" or None,', bandwidth, positive=True)
         return kernel.with_bandwidth(float(bandwidth))
 
+    def _divided(
+        self, x: Any, targets: np.ndarray[Any, Any], validation: tuple[Any, Any] | None
+    ) -> tuple[Any, np.ndarray[Any, Any], tuple[Any, Any] | None]:
+        """Points and targets to train on, and those given, or held out, to validate on."""
+        if validation is not None:
+            return x, targets, (self._checked(validation[0], reset=False), plain(validation[1]))
+        split = self._split(len(x))
+        if split is None:
+            return x, targets, None
+        train, apart = split
+        return x[train], targets[train], (x[apart], targets[apart])
+
     def _split(self, count: int) -> tuple[Any, Any] | None:
         """Indices to train on and to validate on, of ``validation_fraction``."""
         share = self.validation_fraction
@@ -298,7 +309,7 @@ class EstimatorBase(BaseEstimator):  # type: ignore[misc]
             raise _not_fitted(self)
         return self.machine_(self._encoded(self._checked(x, reset=False), self.place_))
 
-    def _score(self, values: Tensor, targets: Any) -> float:
+    def _score(self, values: Tensor, targets: Any, weights: Any = None) -> float:
         raise NotImplementedError
 
     def __sklearn_is_fitted__(self) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from feature_probe.errors import ConfigurationError
 from feature_probe.rfm.base import Callback, EstimatorBase
-from feature_probe.rfm.encoding import LabelEncoding, Place, encoded_labels, plain
+from feature_probe.rfm.encoding import LabelEncoding, encoded_labels, plain
 from feature_probe.rfm.features import Rescaling, Rule
 from feature_probe.rfm.kernels import Kernel, KernelFunction
 from feature_probe.rfm.sklearn_base import HAS_SKLEARN, ClassifierMixin, RegressorMixin
@@ -57,8 +57,8 @@ class RecursiveFeatureMachine(RegressorMixin, EstimatorBase):  # type: ignore[mi
             unstable on sparse parities.
         patience: Stop after so many iterations without a better score there.
         solver: "cholesky", "iterative" (preconditioned conjugate gradients), or "auto": the first
-            where K twice fits in ``memory``.
-        memory: GiB that arrays of n columns may take.
+            where K takes three quarters of ``memory`` at most.
+        memory: GiB that K, and what blocks of it are made of, may take.
         tolerance: Relative residual of the iterative solver.
         history: Keep every M_t and its agreement with FACT and AGOP in ``history_``; both matrices
             are then formed at every iteration.
@@ -94,23 +94,12 @@ class RecursiveFeatureMachine(RegressorMixin, EstimatorBase):  # type: ignore[mi
         """
         if y is None:
             raise ConfigurationError("requires y to be passed, but the target y is None")
-        x = self._inputs(X, y)
+        x = self._checked(X, reset=True)
         targets = self._targets(y, len(x))
         self._flat = targets.ndim == 1
-        wide = targets.reshape(len(targets), -1)
-        place = Place.of(X if isinstance(X, Tensor) else x, self.device, self.dtype)
-        held = None
-        if validation is not None:
-            held = self._checked(validation[0], reset=False), plain(validation[1])
-        elif (split := self._split(len(x))) is not None:
-            train, apart = split
-            held = x[apart], targets[apart]
-            x, wide = x[train], wide[train]
-        self._fit(x, wide, place, held)
+        x, targets, held = self._divided(x, targets, validation)
+        self._fit(x, targets.reshape(len(targets), -1), held)
         return self
-
-    def _inputs(self, X: Any, y: Any) -> Any:
-        return self._checked(X, reset=True)
 
     def _targets(self, y: Any, count: int) -> np.ndarray[Any, Any]:
         found = plain(y)
@@ -133,10 +122,10 @@ class RecursiveFeatureMachine(RegressorMixin, EstimatorBase):  # type: ignore[mi
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """R², the mean over outputs; 1 is best."""
-        return _r_squared(self._values(X), plain(y), sample_weight)
+        return self._score(self._values(X), plain(y), sample_weight)
 
-    def _score(self, values: Tensor, targets: Any) -> float:
-        return _r_squared(values, targets, None)
+    def _score(self, values: Tensor, targets: Any, weights: Any = None) -> float:
+        return _r_squared(values, targets, weights)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -214,21 +203,14 @@ class RecursiveFeatureMachineClassifier(ClassifierMixin, EstimatorBase):  # type
             )
         x = self._checked(X, reset=True)
         labels = self._labels(y, len(x))
-        place = Place.of(X if isinstance(X, Tensor) else x, self.device, self.dtype)
-        held = None
-        if validation is not None:
-            held = self._checked(validation[0], reset=False), plain(validation[1])
-        elif (split := self._split(len(x))) is not None:
-            train, apart = split
-            held = x[apart], labels[apart]
-            x, labels = x[train], labels[train]
+        x, labels, held = self._divided(x, labels, validation)
         self.classes_ = np.unique(labels)
         if len(self.classes_) < 2:
             raise ConfigurationError(
                 f"a classifier needs at least two classes to train on; all labels are one class, "
                 f"{self.classes_[0]!r}"
             )
-        self._fit(x, encoded_labels(labels, self.classes_, self.label_encoding), place, held)
+        self._fit(x, encoded_labels(labels, self.classes_, self.label_encoding), held)
         return self
 
     def _labels(self, y: Any, count: int) -> np.ndarray[Any, Any]:
@@ -253,21 +235,20 @@ class RecursiveFeatureMachineClassifier(ClassifierMixin, EstimatorBase):  # type
 
     def predict(self, X: Any) -> Any:
         """Labels of points ``[m, d]``, ``[m]``; a tensor where X is one and labels are numbers."""
-        found = self._best(X)
+        found = self._best(self._values(X))
         if isinstance(X, Tensor) and found.dtype.kind in "biuf":
             return torch.as_tensor(found, device=X.device)
         return found
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Share of the labels that are right."""
-        return float(np.average(self._best(X) == plain(y), weights=sample_weight))
+        return self._score(self._values(X), plain(y), sample_weight)
 
-    def _best(self, x: Any) -> np.ndarray[Any, Any]:
-        outputs = self._values(x)
-        return np.asarray(self.classes_[outputs.argmax(1).cpu().numpy()])
+    def _score(self, values: Tensor, targets: Any, weights: Any = None) -> float:
+        return float(np.average(self._best(values) == targets, weights=weights))
 
-    def _score(self, values: Tensor, targets: Any) -> float:
-        return float(np.mean(self.classes_[values.argmax(1).cpu().numpy()] == targets))
+    def _best(self, values: Tensor) -> np.ndarray[Any, Any]:
+        return np.asarray(self.classes_[values.argmax(1).cpu().numpy()])
 
 
 def _r_squared(values: Tensor, targets: np.ndarray[Any, Any], weights: Any) -> float:

@@ -225,7 +225,7 @@ def _semi_definite(product: Tensor) -> Tensor:
 def _rescaled(root: Tensor, rescaling: Rescaling | None) -> Tensor:
     if rescaling is None:
         return root
-    matrix = root.square() if root.dim() == 1 else root @ root
+    matrix = FeatureMap(root).matrix
     diagonal = matrix if matrix.dim() == 1 else matrix.diagonal()
     size = diagonal.mean() if rescaling == "trace" else matrix.abs().max()
     return root if float(size) == 0 else root / size.sqrt()

@@ -115,7 +115,7 @@ class Iteration:
         sums: FACT's and AGOP's sums, as far as the update, or ``measured``, asks for them.
         solution: How α was found.
         validation_score: Score on the validation points, None without them.
-        seconds: This iteration took, the update that led to it included.
+        seconds: Solving, scoring and the sums took; the update of W, d × d algebra, is not in it.
     """
 
     number: int
