@@ -33,19 +33,24 @@ _LEAST_ROWS = 16
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """x ↦ Wx.
+    """x ↦ W(x − origin).
 
     Attributes:
         root: W, symmetric and positive semi-definite: ``[d, d]``, or its diagonal ``[d]``.
+        origin: What is taken off points before, ``[d]``: less rounding where the kernel is one of
+            distances; None: nothing.
     """
 
     root: Tensor
+    origin: Tensor | None = None
 
     @classmethod
-    def identity(cls, inputs: int, diagonal: bool, like: Tensor) -> FeatureMap:
+    def identity(
+        cls, inputs: int, diagonal: bool, like: Tensor, origin: Tensor | None = None
+    ) -> FeatureMap:
         """W = I, in the dtype and on the device of ``like``."""
         ones = torch.ones(inputs, dtype=like.dtype, device=like.device)
-        return cls(ones if diagonal else torch.diag(ones))
+        return cls(ones if diagonal else torch.diag(ones), origin)
 
     @property
     def diagonal(self) -> bool:
@@ -58,8 +63,9 @@ class FeatureMap:
         return self.root.square() if self.diagonal else self.root @ self.root
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Wx of each row: ``[n, d]`` to ``[n, d]``."""
-        return x * self.root if self.diagonal else x @ self.root
+        """W(x − origin) of each row: ``[n, d]`` to ``[n, d]``."""
+        shifted = x if self.origin is None else x - self.origin
+        return shifted * self.root if self.diagonal else shifted @ self.root
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,6 @@ def feature_sums(
     x: Tensor,
     dual: Tensor,
     *,
-    origin: Tensor | None = None,
     fact: bool = True,
     agop: bool = True,
     memory: int = 2**30,
@@ -118,14 +123,12 @@ def feature_sums(
         features: W.
         x: Training points, ``[n, d]``.
         dual: α = (K + nλI)⁻¹y, ``[n, c]``.
-        origin: What is taken off the points before they are mapped, ``[d]``: less rounding where
-            the kernel is one of distances; None: nothing.
         fact: Whether T is wanted: n²d operations.
         agop: Whether K is wanted: n²dc operations.
         memory: Bytes that a block's arrays may take.
     """
     count, inputs = x.shape
-    u = features(x if origin is None else x - origin)
+    u = features(x)
     shape = (inputs,) if features.diagonal else (inputs, inputs)
     slope = x.new_zeros(shape) if fact else None
     jacobian = x.new_zeros(shape) if agop else None
@@ -186,7 +189,7 @@ def next_features(
             found = _symmetric_power(_semi_definite(product), 0.25)
         else:
             found = _left_power(product, 0.25 if averaged else 0.5)
-    return FeatureMap(_rescaled(found, rescaling).to(features.root.dtype))
+    return FeatureMap(_rescaled(found, rescaling).to(features.root.dtype), features.origin)
 
 
 def _times(left: Tensor, right: Tensor) -> Tensor:

@@ -80,7 +80,6 @@ class Machine:
         kernel: k.
         features: W.
         x: Training points, ``[n, d]``.
-        origin: What is taken off points before they are mapped, ``[d]`` or None.
         dual: α, ``[n, c]``.
         memory: Bytes that a block of kernel values may take.
     """
@@ -88,20 +87,15 @@ class Machine:
     kernel: Kernel
     features: FeatureMap
     x: Tensor
-    origin: Tensor | None
     dual: Tensor
     memory: int
-
-    def mapped(self, x: Tensor) -> Tensor:
-        """u = W(x − origin), ``[n, d]``."""
-        return self.features(x if self.origin is None else x - self.origin)
 
     def __call__(self, x: Tensor) -> Tensor:
         """f at points ``[m, d]``, to ``[m, c]``."""
         found = x.new_empty(len(x), self.dual.shape[1])
-        own = self.mapped(self.x)
+        own = self.features(self.x)
         for rows in blocks(len(x), len(own), x.dtype, self.memory):
-            found[rows] = self.kernel.values(self.mapped(x[rows]), own) @ self.dual
+            found[rows] = self.kernel.values(self.features(x[rows]), own) @ self.dual
         return found
 
 
@@ -163,15 +157,14 @@ def iterate(
         Every iteration as it is done; it ends early where the validation score has not grown for
         ``patience`` iterations.
     """
-    features = FeatureMap.identity(x.shape[1], settings.diagonal, x)
     origin = x.mean(0) if kernel.form == "distance" else None
+    features = FeatureMap.identity(x.shape[1], settings.diagonal, x, origin)
     best, since = -float("inf"), 0
     for number in range(settings.iterations + 1):
         start = time.perf_counter()
-        shifted = x if origin is None else x - origin
         solution = solve(
             kernel,
-            features(shifted),
+            features(x),
             targets,
             settings.ridge,
             solver=settings.solver,
@@ -179,7 +172,7 @@ def iterate(
             tolerance=settings.tolerance,
             generator=generator,
         )
-        machine = Machine(kernel, features, x, origin, solution.dual, settings.memory)
+        machine = Machine(kernel, features, x, solution.dual, settings.memory)
         score = None if validation is None else validation[1](machine(validation[0]))
         sums = _sums(settings, machine, last=number == settings.iterations)
         yield Iteration(number, machine, sums, solution, score, time.perf_counter() - start)
@@ -205,7 +198,6 @@ def _sums(settings: Settings, machine: Machine, last: bool) -> FeatureSums:
         machine.features,
         machine.x,
         machine.dual,
-        origin=machine.origin,
         fact=settings.measured or (rule.startswith("fact") and not last),
         agop=settings.measured or (rule == "nfa" and not last),
         memory=settings.memory,
