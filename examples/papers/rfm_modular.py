@@ -15,11 +15,13 @@ k'(x_iᵀMx_j) and τ(x_i, M, x_j) of pairs of training points, and the line thr
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from paper_lab import COLORS, LINES, Experiment, Results, axes
+from rfm_parity import root
 from torch import Tensor
 
 from feature_probe.rfm import Iteration, RecursiveFeatureMachineClassifier
@@ -29,6 +31,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "FACT-RFM": {"update": "fact", "geometric_averaging": True},
     "NFA-RFM": {"update": "nfa", "power": 0.5},
 }
+
+#: What the paper shows of each.
+SHOWN = {"FACT-RFM": "√(FACT·Mᵀ)", "NFA-RFM": "√AGOP"}
 
 
 def data(p: int) -> tuple[Tensor, Tensor]:
@@ -69,17 +74,19 @@ def train(method: str, p: int, iterations: int, seed: int) -> dict[str, Any]:
     def read(iteration: Iteration) -> None:
         predicted = iteration.machine(x[held]).argmax(1)
         accuracy.append(float((predicted == y[held]).double().mean()))
+        last.append(iteration)
 
+    last: deque[Iteration] = deque(maxlen=1)
     model = RecursiveFeatureMachineClassifier(
         kernel="quadratic", bandwidth=1.0, ridge=RIDGE, iterations=iterations, callbacks=[read],
-        **METHODS[method],
+        history=True, **METHODS[method],
     ).fit(x[chosen], y[chosen])  # fmt: skip
     matrix = model.feature_matrix_
     slopes = 2 * x[chosen] @ matrix @ x[chosen].T
     tau = slopes.T @ slopes / len(slopes)
     return {
         "accuracy": accuracy, "fitted": model.score(x[chosen], y[chosen]), "matrix": matrix,
-        "slopes": slopes, "tau": tau,
+        "slopes": slopes, "tau": tau, "root": root(last[0], METHODS[method]["update"]),
     }  # fmt: skip
 
 
@@ -106,6 +113,8 @@ def main(argv: Sequence[str] | None = None) -> Results:
         run.row(f"{method}: iterations until 99 % are right", "", all_right)
         share = [circulant_share(one["matrix"]) for one in runs]
         run.row(f"{method}: circulant share of M's blocks", "block-circulant", share)
+        shown = f"{method}: circulant share of {SHOWN[method]}'s blocks"
+        run.row(shown, "block-circulant", [circulant_share(one["root"]) for one in runs])
         fits = [proportional(one["slopes"], one["tau"])[1] for one in runs]
         run.row(f"{method}: R² of τ ∝ k'", "a good fit" if "FACT" in method else "", fits)
     figure, grid = axes(2, 3, width=2.5, height=2.3)
@@ -113,9 +122,9 @@ def main(argv: Sequence[str] | None = None) -> Results:
         one = runs[0]
         row[0].plot(one["accuracy"], color=color, linestyle=line)
         row[0].set(title=method, xlabel="iteration", ylabel="test accuracy", ylim=(-0.02, 1.02))
-        matrix = one["matrix"] - torch.diag(one["matrix"].diagonal())
+        matrix = one["root"] - torch.diag(one["root"].diagonal())
         row[1].imshow(matrix.numpy(), cmap="cividis", interpolation="nearest")
-        row[1].set(title="M without its diagonal")
+        row[1].set(title=f"{SHOWN[method]}, off its diagonal")
         row[1].grid(visible=False)
         draw = torch.Generator().manual_seed(0)
         some = torch.randint(0, one["tau"].numel(), (1000,), generator=draw)

@@ -3,17 +3,19 @@
 x ~ {±1/√50}^50, y = 1 where the product of k coordinates is positive, else 0; Gaussian kernel of
 bandwidth 5, FACT with geometric averaging, 5 iterations (§4.3). The power s of NFA-RFM and the
 ridge are not printed: s = 1 and 1/2 are run, and ``--ridge r`` has λ = 10⁻ʳ. M = WᵀW starts at the
-identity, where k of its 50 diagonal entries belong to the parity.
+identity, where k of its 50 diagonal entries belong to the parity. ``--signs 1`` reads the inputs as
+±1: the bandwidth then is 7 times smaller beside the points' distances.
 
     python examples/papers/rfm_parity.py                    # k = 2, n = 500
     python examples/papers/rfm_parity.py --k 3 --points 5000 --ridge 6
-    python examples/papers/rfm_parity.py --k 4 --points 25000 --iterations 10    # Fig. 4
+    python examples/papers/rfm_parity.py --k 4 --points 25000 --signs 1 --ridge 6    # Fig. 4
     python examples/papers/rfm_parity.py --fast
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor
 from feature_probe.rfm import Iteration, RecursiveFeatureMachine
 
 INPUTS, BANDWIDTH, TEST = 50, 5.0, 1000
+ALIKE = "cosine of √(FACT·Mᵀ) of FACT-RFM and √AGOP of NFA-RFM, s = 1"
 METHODS: dict[str, dict[str, Any]] = {
     "FACT-RFM": {"update": "fact", "geometric_averaging": True},
     "NFA-RFM, s = 1": {"update": "nfa"},
@@ -31,44 +34,79 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def data(points: int, support: Tensor, seed: int, inputs: int) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Setting:
+    """What a run depends on, but for method and seed: the options' values.
+
+    Attributes:
+        k: Coordinates of the parity.
+        points: n.
+        inputs: d.
+        iterations: T.
+        ridge: λ.
+        signs: Whether inputs are ±1, not ±1/√d.
+    """
+
+    k: int
+    points: int
+    inputs: int
+    iterations: int
+    ridge: float
+    signs: bool
+
+
+def data(setting: Setting, points: int, support: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Inputs ``[n, d]`` and labels 0 or 1."""
+    inputs = setting.inputs
     draw = torch.Generator().manual_seed(seed)
     x = torch.randint(0, 2, (points, inputs), generator=draw).double().mul_(2).sub_(1)
     y = (x[:, support].prod(1) > 0).double()
-    return x / inputs**0.5, y
+    return x if setting.signs else x / inputs**0.5, y
 
 
-def train(
-    method: str, k: int, points: int, iterations: int, seed: int, inputs: int, ridge: float
-) -> list[dict[str, Any]]:
-    """By iteration: test accuracy, the support's share of tr M, and the feature matrix."""
+def train(method: str, setting: Setting, seed: int) -> list[dict[str, Any]]:
+    """By iteration: test accuracy, the support's share of tr M, and √AGOP or √(FACT·Mᵀ)."""
     draw = torch.Generator().manual_seed(1000 + seed)
-    support = torch.randperm(inputs, generator=draw)[:k].sort().values
-    x, y = data(points, support, seed, inputs)
-    test_x, test_y = data(TEST, support, 5000 + seed, inputs)
+    support = torch.randperm(setting.inputs, generator=draw)[: setting.k].sort().values
+    x, y = data(setting, setting.points, support, seed)
+    test_x, test_y = data(setting, TEST, support, 5000 + seed)
+    # with ±1/√d what belongs to products of four inputs is below the rounding of float32
+    single = setting.signs and setting.points > 10_000
+    options = METHODS[method]
     found: list[dict[str, Any]] = []
 
     def read(iteration: Iteration) -> None:
         predicted = iteration.machine(test_x.to(iteration.machine.x.dtype))[:, 0] > 0.5
         features = iteration.machine.features
         diagonal = features.matrix.diagonal()
+        rule = options["update"]
         found.append(
             {
                 "accuracy": float((predicted == (test_y > 0.5)).double().mean()),
                 "share": float(diagonal[support].sum() / diagonal.sum()),
                 "support": support,
-                "matrix": features.matrix,
+                "matrix": None if rule == "none" else root(iteration, rule),
             }
         )
+        print(method, iteration.number, f"{found[-1]['accuracy']:.3f} {found[-1]['share']:.3f}")
 
-    settings = METHODS[method]
-    last = 0 if settings["update"] == "none" else iterations
+    last = 0 if options["update"] == "none" else setting.iterations
     RecursiveFeatureMachine(
-        kernel="gaussian", bandwidth=BANDWIDTH, ridge=ridge, iterations=last, callbacks=[read],
-        dtype="float32" if points > 5000 else "float64", memory=8.0, **settings,
+        kernel="gaussian", bandwidth=BANDWIDTH, ridge=setting.ridge, iterations=last,
+        callbacks=[read], dtype="float32" if single else "float64", memory=8.0,
+        history=options["update"] != "none", **options,
     ).fit(x, y)  # fmt: skip
     return found
+
+
+def root(iteration: Iteration, rule: str) -> Tensor:
+    """√AGOP or √(FACT·Mᵀ), which the paper shows; of what is not symmetric (A·Aᵀ)^{1/4}."""
+    if rule == "nfa":
+        found = iteration.agop.double()
+    else:
+        found = (iteration.fact @ iteration.machine.features.matrix.T).double()
+    left, values, _ = torch.linalg.svd(found)
+    return (left * values.sqrt()) @ left.T
 
 
 def main(argv: Sequence[str] | None = None) -> Results:
@@ -82,25 +120,19 @@ def main(argv: Sequence[str] | None = None) -> Results:
         points=(500,),
         iterations=(5,),
         ridge=(10,),
+        signs=(0, 1),
     )
     options = run.options
-    k, points, iterations = options.k, options.points, options.iterations
-    inputs = INPUTS
-    if run.fast:
-        points, inputs = 200, 20
-    run.results.name = f"rfm_parity_k{k}_n{points}_ridge{options.ridge}"
+    points, inputs = (200, 20) if run.fast else (options.points, INPUTS)
+    k, signs = options.k, bool(options.signs)
+    setting = Setting(k, points, inputs, options.iterations, 10.0**-options.ridge, signs)
+    run.results.name = f"rfm_parity_k{k}_n{points}_ridge{options.ridge}" + "_signs" * signs
     number = "4" if (k, points) == (4, 25000) else "3"
     run.results.title = (
         f"FACT paper, Fig. {number}: parity of k = {k} of {inputs}, n = {points:,}, "
-        f"λ = 1e-{options.ridge}"
+        f"λ = 1e-{options.ridge}" + ", inputs ±1" * signs
     )
-    found = {
-        method: [
-            train(method, k, points, iterations, seed, inputs, 10.0**-options.ridge)
-            for seed in run.seeds
-        ]
-        for method in METHODS
-    }
+    found = {method: [train(method, setting, seed) for seed in run.seeds] for method in METHODS}
     learned = {"3": "learned", "4": "a jump"}[number]
     for method, runs in found.items():
         paper = "" if method == "kernel regression" else learned
@@ -108,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
         run.row(f"{method}: test accuracy of the best iteration", paper, best)
         run.row(f"{method}: test accuracy of the last iteration", "", _last(runs, "accuracy"))
         run.row(f"{method}: share of tr M on the parity's coordinates", "", _last(runs, "share"))
-    run.row("cosine of M of FACT-RFM and of NFA-RFM, s = 1", "", _alike(found))
+    run.row(ALIKE, "very similar", _alike(found))
     shown = [method for method in METHODS if method != "kernel regression"]
     figure, grid = axes(1, 1 + len(shown), width=2.3, height=2.2)
     for (method, runs), color, line in zip(found.items(), COLORS, LINES, strict=False):
@@ -122,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     for axis, method in zip(grid[0, 1:], shown, strict=True):
         matrix = found[method][0][-1]["matrix"]
         axis.imshow((matrix / matrix.abs().max()).numpy(), cmap="cividis", interpolation="nearest")
-        axis.set(title=f"M, {method}")
+        axis.set(title=f"{method}:\n{'√AGOP' if 'NFA' in method else '√(FACT·Mᵀ)'}")
         axis.set_xticks(found[method][0][-1]["support"].tolist())
         axis.set_yticks(found[method][0][-1]["support"].tolist())
         axis.grid(visible=False)
@@ -134,7 +166,7 @@ def _last(runs: Sequence[list[dict[str, Any]]], name: str) -> list[float]:
 
 
 def _alike(found: dict[str, list[list[dict[str, Any]]]]) -> list[float]:
-    """The cosine of two methods' feature matrices, by seed."""
+    """The cosine of two methods' matrices at the end, by seed."""
     pairs = zip(found["FACT-RFM"], found["NFA-RFM, s = 1"], strict=True)
     matrices = [(ours[-1]["matrix"], theirs[-1]["matrix"]) for ours, theirs in pairs]
     return [float((a * b).sum() / a.norm() / b.norm()) for a, b in matrices]

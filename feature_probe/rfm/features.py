@@ -127,6 +127,8 @@ def feature_sums(
         agop: Whether K is wanted: n²dc operations.
         memory: Bytes that a block's arrays may take.
     """
+    if not (fact or agop):
+        return FeatureSums(None, None)
     count, inputs = x.shape
     u = features(x)
     shape = (inputs,) if features.diagonal else (inputs, inputs)

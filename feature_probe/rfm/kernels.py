@@ -19,6 +19,7 @@ norms. Nothing here forms an array of pairs by coordinates.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -124,10 +125,10 @@ class Laplace(Kernel):
         return _squared_distances(u, v).sqrt_().div_(-self.bandwidth).exp_()
 
     def pairs(self, u: Tensor, v: Tensor) -> Pairs:
-        """Slopes −k/(L r), 0 at r = 0."""
-        r = _squared_distances(u, v).sqrt_().mul_(-self.bandwidth)
-        slopes = torch.exp(r / self.bandwidth**2).div_(r)
-        return _Slopes(slopes.masked_fill_(r == 0, 0.0), u, v, differences=True)
+        """Slopes −k/(L r), 0 at r = 0, for which r → ∞ stands: its slope is 0 too."""
+        r = _squared_distances(u, v, coincident=math.inf).sqrt_().mul_(-self.bandwidth)
+        slopes = torch.div(r, self.bandwidth**2).exp_().div_(r)
+        return _Slopes(slopes, u, v, differences=True)
 
 
 @dataclass(frozen=True)
@@ -338,13 +339,13 @@ class _ByAutograd(Pairs):
         return found
 
 
-def _squared_distances(u: Tensor, v: Tensor) -> Tensor:
-    """‖u_i − v_j‖², ``[n, m]``; exactly 0 where it is lost in rounding."""
+def _squared_distances(u: Tensor, v: Tensor, coincident: float = 0.0) -> Tensor:
+    """‖u_i − v_j‖², ``[n, m]``; ``coincident`` where it is lost in rounding."""
     own = u.square().sum(1, keepdim=True)
     found = torch.addmm(v.square().sum(1), u, v.T, alpha=-2).add_(own)
     # points that coincide have one norm: twice the own one is both
     noise = own.mul_(2 * _ROUNDINGS * torch.finfo(u.dtype).eps)
-    return found.masked_fill_(found <= noise, 0.0)
+    return found.masked_fill_(found <= noise, coincident)
 
 
 #: Kernels by the name that an estimator takes.

@@ -17,6 +17,7 @@ from feature_probe.theory.relations import LayerStatistics, clamp_tolerance, par
 #: The name of W in records.
 LAYER = "W"
 _RELATIONS = ("fact", "fact_sym", "nfa")
+_NO_VERDICT = "an RFM's update made W: read the cosine beside its level by chance"
 
 
 def report(iteration: Iteration, settings: Settings, powers: Sequence[float]) -> Report:
@@ -49,7 +50,10 @@ def report(iteration: Iteration, settings: Settings, powers: Sequence[float]) ->
     shape = weight.shape[1] * weight.shape[2]
     return Report(
         step=iteration.number,
-        records=[replace(record, weight_decay=settings.ridge) for record in records],
+        records=[
+            replace(record, weight_decay=settings.ridge, because=record.because or _NO_VERDICT)
+            for record in records
+        ],
         coverage=Coverage((ParameterCoverage(LAYER, shape, LAYER, "all", ""),)),
         settings={"source": "rfm", "update": settings.rule, "ridge": settings.ridge},
     )
