@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib")
 import numpy as np
 import rfm_modular
 import rfm_parity
+import rfm_parity_ridge
 import rfm_tabular
 import torch
 from test_papers import run
@@ -28,6 +29,16 @@ def test_a_parity_is_found_by_both_updates(tmp_path: Path) -> None:
             assert found[f"{method}: test accuracy of the last iteration"] > max(0.99, plain)
             assert found[f"{method}: share of tr M on the parity's coordinates"] > 0.8
     assert found["kernel regression: share of tr M on the parity's coordinates"] == 0.1
+
+
+def test_the_ridge_decides_which_update_finds_a_parity(tmp_path: Path) -> None:
+    """A parity of two: λ above e_1 neither does, between e_1 and e_2 FACT, far below both."""
+    _, found = run(rfm_parity_ridge, tmp_path)
+    learned = {(1, "FACT"): False, (1, "NFA"): False, (4, "FACT"): True, (4, "NFA"): False,
+               (10, "FACT"): True, (10, "NFA"): True}  # fmt: skip
+    for (ridge, rule), does in learned.items():
+        method = next(method for method in rfm_parity_ridge.SHOWN if rule in method)
+        assert (found[f"n = 60, λ = 1e-{ridge}: {method}"] > 0.95) == does
 
 
 def test_the_roots_shown_of_a_parity() -> None:

@@ -132,6 +132,9 @@ def main(argv: Sequence[str] | None = None) -> Results:
         f"FACT paper, Fig. {number}: parity of k = {k} of {inputs}, n = {points:,}, "
         f"λ = 1e-{options.ridge}" + ", inputs ±1" * signs
     )
+    run.results.note = (
+        "The ridge is not printed, and decides which update learns: rfm_parity_ridge.py."
+    )
     found = {method: [train(method, setting, seed) for seed in run.seeds] for method in METHODS}
     learned = {"3": "learned", "4": "a jump"}[number]
     for method, runs in found.items():
