@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
         share = points / math.comb(inputs, k - 1)
         axis.set(title=f"n = {points:,} = {share:.2f} C({inputs}, {k - 1})")
         axis.set(xscale="log", xlabel="λ", ylabel="best test accuracy", ylim=(0.4, 1.03))
-    grid[0, 0].legend(fontsize=7)
+    grid[0, 0].legend(fontsize=7, loc="center left", bbox_to_anchor=(0, 0.7))
     powers = ", ".join(f"{value:.0e}" for value in eigenvalues)
     run.results.note = (
         f"Best test accuracy of {ITERATIONS} iterations; e_1 to e_{k} are {powers}. FACT-RFM "
