@@ -8,8 +8,8 @@ identity, where k of its 50 diagonal entries belong to the parity. ``--signs 1``
 K in float64 takes 5 GB there (20 GB at n = 50,000: with ±1/√d float32 rounds the parity away).
 
     python examples/papers/rfm_parity.py                    # k = 2, n = 500
-    python examples/papers/rfm_parity.py --k 3 --points 5000 --ridge 6
-    python examples/papers/rfm_parity.py --k 4 --points 25000 --ridge 7 --iterations 8   # Fig. 4
+    python examples/papers/rfm_parity.py --k 3 --points 5000 --ridge 7
+    python examples/papers/rfm_parity.py --k 4 --points 25000 --ridge 7 --iterations 12   # Fig. 4
     python examples/papers/rfm_parity.py --fast
 """
 

@@ -18,7 +18,15 @@ from feature_probe.reports.scoring import log_fault
 from feature_probe.rfm.encoding import Columns, Place, plain
 from feature_probe.rfm.features import Rescaling, Rule
 from feature_probe.rfm.kernels import Kernel, KernelFunction, make_kernel
-from feature_probe.rfm.machine import Iteration, Machine, Score, Settings, iterate, median_bandwidth
+from feature_probe.rfm.machine import (
+    Iteration,
+    Machine,
+    Score,
+    Settings,
+    boolean,
+    iterate,
+    median_bandwidth,
+)
 from feature_probe.rfm.reporting import report
 from feature_probe.rfm.sklearn_base import HAS_SKLEARN, BaseEstimator
 from feature_probe.rfm.solvers import Solver
@@ -32,6 +40,7 @@ if HAS_SKLEARN:
 
 _GIB = 2**30
 _BANDWIDTH = 10.0
+_CATEGORIES = "give the indices of columns of names as categorical="
 #: Called after each iteration; True ends the fit.
 Callback = Callable[[Iteration], bool | None]
 
@@ -45,7 +54,8 @@ class HistoryEntry:
         validation_score: R² or accuracy on the validation points; None without them.
         seconds: The iteration took.
         solver: "cholesky" or "iterative".
-        solver_residual: Relative residual of the iterative solution; 0 of a direct one.
+        solver_residual: Relative residual of the iterative solution's worst column; 0 of a direct
+            one.
         records: Agreement of M_t with FACT, √(FACT·FACTᵀ) and AGOPˢ; empty unless asked for.
         feature_matrix: M_t, ``[d, d]`` or ``[d]``; None unless asked for.
     """
@@ -87,7 +97,7 @@ class EstimatorBase(BaseEstimator):  # type: ignore[misc]
         progress: bool = False,
         device: Any = None,
         dtype: Any = None,
-        random_state: int = 0,
+        random_state: int | None = 0,
     ) -> None:
         self.update = update
         self.kernel = kernel
@@ -128,6 +138,11 @@ class EstimatorBase(BaseEstimator):  # type: ignore[misc]
             y: Targets, ``[n, c]``.
             validation: Checked inputs, and targets as :meth:`_score` takes them.
         """
+        called: object = self.callbacks
+        if not isinstance(called, Sequence) or not all(map(callable, called)):
+            raise ConfigurationError(f"callbacks must be a sequence of functions, got {called!r}")
+        for name in ("history", "progress"):
+            boolean(name, getattr(self, name))
         place = Place.of(x, self.device, self.dtype)
         generator = self._generator()
         measured = bool(self.history or self.sinks or self.log_dir is not None)
@@ -161,7 +176,8 @@ class EstimatorBase(BaseEstimator):  # type: ignore[misc]
                 if score is not None:
                     bar.set_postfix(validation=f"{score:.4f}")
                 # every callback is called, whatever the others say
-                if any([callback(iteration) for callback in self.callbacks]):  # noqa: C419
+                said = [callback(iteration) for callback in self.callbacks]
+                if any(isinstance(one, (bool, np.bool_)) and one for one in said):
                     break
         finally:
             bar.close()
@@ -203,8 +219,10 @@ class EstimatorBase(BaseEstimator):  # type: ignore[misc]
 
     def _generator(self) -> torch.Generator:
         seed = self.random_state
+        if seed is None:
+            seed = int(np.random.default_rng().integers(2**31))
         if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
-            raise ConfigurationError(f"random_state must be an integer, got {seed!r}")
+            raise ConfigurationError(f"random_state must be an integer or None, got {seed!r}")
         return torch.Generator().manual_seed(int(seed))
 
     def _kernel(self, x: Tensor, generator: torch.Generator) -> Kernel:
@@ -213,7 +231,12 @@ class EstimatorBase(BaseEstimator):  # type: ignore[misc]
             bandwidth = kernel.bandwidth if isinstance(self.kernel, Kernel) else _BANDWIDTH
         if bandwidth == "median":
             bandwidth = median_bandwidth(kernel, x, generator)
-        finite_number('bandwidth, "median" or None,', bandwidth, positive=True)
+        try:
+            finite_number("bandwidth", bandwidth, positive=True)
+        except ConfigurationError:
+            raise ConfigurationError(
+                f'bandwidth must be a positive number, "median" or None; got {bandwidth!r}'
+            ) from None
         return kernel.with_bandwidth(float(bandwidth))
 
     def _divided(
@@ -221,14 +244,36 @@ class EstimatorBase(BaseEstimator):  # type: ignore[misc]
     ) -> tuple[Any, np.ndarray[Any, Any], tuple[Any, Any] | None]:
         """Points and targets to train on, and those given, or held out, to validate on."""
         if validation is not None:
-            return x, targets, (self._checked(validation[0], reset=False), plain(validation[1]))
-        split = self._split(len(x))
+            return x, targets, self._validation(validation)
+        split = self._split(targets)
         if split is None:
             return x, targets, None
         train, apart = split
         return x[train], targets[train], (x[apart], targets[apart])
 
-    def _split(self, count: int) -> tuple[Any, Any] | None:
+    def _validation(self, given: Any) -> tuple[Any, np.ndarray[Any, Any]]:
+        """What was given as ``validation=``, checked."""
+        if not isinstance(given, (tuple, list)) or len(given) != 2:
+            raise ConfigurationError(
+                "validation must be a pair: X and y of the points to choose by"
+            )
+        x, y = self._checked(given[0], reset=False), plain(given[1])
+        if len(x) != len(y) or len(x) < 2:
+            raise ConfigurationError(
+                "validation must have as many rows of X as of y, and two of them at least; got "
+                f"{len(x)} and {len(y)}"
+            )
+        return x, y
+
+    def _held_out(self, targets: np.ndarray[Any, Any], share: float) -> np.ndarray[Any, Any]:
+        """Whether each point is held out, ``[n]``, drawn at random."""
+        count = len(targets)
+        order = torch.randperm(count, generator=self._generator()).numpy()
+        found = np.zeros(count, dtype=bool)
+        found[order[: max(2, round(share * count))]] = True
+        return found
+
+    def _split(self, targets: np.ndarray[Any, Any]) -> tuple[Any, Any] | None:
         """Indices to train on and to validate on, of ``validation_fraction``."""
         share = self.validation_fraction
         finite_number("validation_fraction", share, positive=False)
@@ -240,32 +285,40 @@ class EstimatorBase(BaseEstimator):  # type: ignore[misc]
                     "patience= needs validation points: give validation_fraction= or validation="
                 )
             return None
-        order = torch.randperm(count, generator=self._generator()).numpy()
-        held = max(1, round(share * count))
-        if count - held < 2:
+        held = self._held_out(targets, share)
+        if (~held).sum() < 2:
             raise ConfigurationError(
-                f"validation_fraction={share!r} of {count} points leaves fewer than 2 to train on"
+                f"validation_fraction={share!r} of {len(targets)} points leaves fewer than 2 to "
+                "train on"
             )
-        return order[held:], order[:held]
+        return np.flatnonzero(~held), np.flatnonzero(held)
 
     # -- inputs ----------------------------------------------------------------------------------
 
     def _checked(self, x: Any, reset: bool) -> Any:
         """X as ``[n, columns]``: a tensor as it is, anything else as an array."""
+        chosen: object = self.categorical
+        if isinstance(chosen, str) or not isinstance(chosen, (Sequence, np.ndarray)):
+            raise ConfigurationError(f"categorical must be column indices, as [0]; got {chosen!r}")
         if isinstance(x, Tensor):
             return self._checked_plain(x, reset)
         if HAS_SKLEARN:
             kind = None if len(self.categorical) else [np.float64, np.float32]
-            return validate_data(
-                self, x, reset=reset, dtype=kind, ensure_all_finite=kind is not None,
-                ensure_min_samples=2 if reset else 1,
-            )  # fmt: skip
+            try:
+                return validate_data(
+                    self, x, reset=reset, dtype=kind, ensure_all_finite=kind is not None,
+                    ensure_min_samples=2 if reset else 1,
+                )  # fmt: skip
+            except ValueError as error:
+                if "could not convert string" in str(error):
+                    raise ConfigurationError(f"{error}; {_CATEGORIES}") from None
+                raise
         found = plain(x)
         if not len(self.categorical) and found.dtype not in (np.float32, np.float64):
             try:
                 found = found.astype(float)
             except (TypeError, ValueError) as error:
-                raise ConfigurationError(f"X must be numbers: {error}") from None
+                raise ConfigurationError(f"X must be numbers: {error}; {_CATEGORIES}") from None
         return self._checked_plain(found, reset)
 
     def _checked_plain(self, x: Any, reset: bool) -> Any:

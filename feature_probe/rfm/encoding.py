@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -43,7 +44,8 @@ class Place:
         if dtype is None:
             return cls(torch.device(found), torch.float32 if own is torch.float32 else
                        torch.float64, is_tensor)  # fmt: skip
-        asked = dtype if isinstance(dtype, torch.dtype) else _DTYPES.get(str(dtype))
+        name = dtype.__name__ if isinstance(dtype, type) else str(dtype)  # np.float32: a type
+        asked = dtype if isinstance(dtype, torch.dtype) else _DTYPES.get(name)
         if asked is None or asked not in _DTYPES.values():
             raise ConfigurationError(f"dtype must be float32 or float64, got {dtype!r}")
         return cls(torch.device(found), asked, is_tensor)
@@ -72,7 +74,8 @@ class Columns:
     """Which columns hold categories, and which.
 
     A category becomes a column of zeros and ones, in the place of its column's number; one that was
-    not there in training is all zeros.
+    not there in training is all zeros. Missing values are refused, in training and after it, and so
+    are categories of another type than those in training.
 
     Attributes:
         categories: By column's index.
@@ -87,7 +90,7 @@ class Columns:
         """Learn the categories.
 
         Raises:
-            ConfigurationError: for a column that there is not.
+            ConfigurationError: for a column that there is not, or with missing or mixed values.
         """
         count = x.shape[1]
         for column in categorical:
@@ -97,7 +100,14 @@ class Columns:
                 raise ConfigurationError(
                     f"categorical column {column} is not among the {count} columns of X"
                 )
-        found = {int(column): np.unique(x[:, column]) for column in categorical}
+        found = {}
+        for column in categorical:
+            values = x[:, column]
+            if len(kinds := _kinds(values, column)) > 1:
+                raise ConfigurationError(
+                    f"categorical column {column} has values of several types: {', '.join(kinds)}"
+                )
+            found[int(column)] = np.unique(values)
         return cls(found, count)
 
     @property
@@ -122,7 +132,13 @@ class Columns:
         parts = []
         for column in range(self.count):
             if column in self.categories:
-                parts.append(x[:, column, None] == self.categories[column])
+                known = self.categories[column]
+                if _kinds(x[:, column], column) != _kinds(known, column):
+                    raise ConfigurationError(
+                        f"categorical column {column} has values of another type than in training, "
+                        f"such as {x[0, column]!r} for {known[0]!r}"
+                    )
+                parts.append(x[:, column, None] == known)
             else:
                 try:
                     parts.append(x[:, column, None].astype(float))
@@ -131,6 +147,26 @@ class Columns:
                         f"column {column} is not numbers ({error}); name it in categorical="
                     ) from None
         return np.concatenate(parts, axis=1).astype(float)
+
+
+def _kinds(values: np.ndarray[Any, Any], column: int) -> list[str]:
+    """What the values of a categorical column are: numbers or names of other types.
+
+    Raises:
+        ConfigurationError: where a value is missing: None, NaN or pandas' NA.
+    """
+    kinds = set()
+    for value in values.tolist():
+        absent = value is None or (isinstance(value, float) and math.isnan(value))
+        if absent or type(value).__name__ in ("NAType", "NaTType"):
+            raise ConfigurationError(
+                f"categorical column {column} has missing values: give them a category of their own"
+            )
+        if isinstance(value, (bool, int, float, np.number, np.bool_)):
+            kinds.add("number")
+        else:
+            kinds.add("str" if isinstance(value, str) else type(value).__name__)
+    return sorted(kinds)
 
 
 def encoded_labels(

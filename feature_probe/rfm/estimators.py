@@ -50,11 +50,12 @@ class RecursiveFeatureMachine(RegressorMixin, EstimatorBase):  # type: ignore[mi
         rescale: Divide M between iterations by tr(M)/d ("trace") or its largest entry ("max"); not
             part of Algorithm 1.
         diagonal: Weigh features only: M is diagonal.
-        categorical: Columns that hold categories: each becomes columns of zeros and ones; a
-            category not seen in training becomes zeros.
-        validation_fraction: Share of the points, drawn at random, that is held out: the iteration
-            that scores best there is kept. The paper finds that iterating past convergence becomes
-            unstable on sparse parities.
+        categorical: Indices of columns that hold categories: each becomes columns of zeros and
+            ones in its place (``columns_.names``); a category not seen in training becomes zeros.
+        validation_fraction: Share of the points, drawn at random (of classes: of each), that is
+            held out and not trained on: the iteration that scores best there is kept, of equals
+            the first, which may be that of W = I. The paper finds that iterating past convergence
+            becomes unstable on sparse parities.
         patience: Stop after so many iterations without a better score there.
         solver: "cholesky", "iterative" (preconditioned conjugate gradients), or "auto": the first
             where K takes three quarters of ``memory`` at most.
@@ -68,10 +69,17 @@ class RecursiveFeatureMachine(RegressorMixin, EstimatorBase):  # type: ignore[mi
         progress: Show a bar.
         device: Where to compute; None: where the inputs are.
         dtype: float32 or float64; None: that of the inputs.
-        random_state: Seed of the validation split, the median's sample and the iterative solver.
+        random_state: Seed of the validation split, the median's sample and the iterative solver;
+            None: another one every time.
+
+    There is no intercept, and FACT-RFM depends on the size of y: standardise it, as
+    ``TransformedTargetRegressor`` does, or take ``rescale="trace"``.
 
     Attributes:
-        feature_matrix_: M = WᵀW, ``[d, d]``, or ``[d]`` where it is diagonal.
+        feature_matrix_: M = WᵀW, ``[d, d]``, or ``[d]`` where it is diagonal, of what was given:
+            array or tensor. Its diagonal weighs the columns, in their units: standardise X to
+            compare them. The identity where ``n_iter_`` is 0.
+        columns_: With ``categorical``: its ``names`` are those of M's rows; else None.
         machine_: The fitted :class:`Machine`.
         history_: One :class:`HistoryEntry` an iteration.
         n_iter_: Updates that led to the machine that is kept.
@@ -136,6 +144,8 @@ class RecursiveFeatureMachine(RegressorMixin, EstimatorBase):  # type: ignore[mi
 class RecursiveFeatureMachineClassifier(ClassifierMixin, EstimatorBase):  # type: ignore[misc]
     """:class:`RecursiveFeatureMachine` on class labels: squared error, the largest output wins.
 
+    There are no probabilities (scikit-learn's ``CalibratedClassifierCV`` makes them).
+
     One output a class, 1 for the own class and 0 ("one_hot") or −1 ("signed") for the others; two
     classes have two outputs as well.
 
@@ -173,7 +183,7 @@ class RecursiveFeatureMachineClassifier(ClassifierMixin, EstimatorBase):  # type
         progress: bool = False,
         device: Any = None,
         dtype: Any = None,
-        random_state: int = 0,
+        random_state: int | None = 0,
     ) -> None:
         super().__init__(
             update, kernel, bandwidth, ridge, iterations, power=power,
@@ -203,15 +213,25 @@ class RecursiveFeatureMachineClassifier(ClassifierMixin, EstimatorBase):  # type
             )
         x = self._checked(X, reset=True)
         labels = self._labels(y, len(x))
-        x, labels, held = self._divided(x, labels, validation)
         self.classes_ = np.unique(labels)
         if len(self.classes_) < 2:
             raise ConfigurationError(
                 f"a classifier needs at least two classes to train on; all labels are one class, "
-                f"{self.classes_[0]!r}"
+                f"{self.classes_[0]}"
             )
+        x, labels, held = self._divided(x, labels, validation)
         self._fit(x, encoded_labels(labels, self.classes_, self.label_encoding), held)
         return self
+
+    def _held_out(self, targets: np.ndarray[Any, Any], share: float) -> np.ndarray[Any, Any]:
+        """The same share of every class, of which one point at least stays to train on."""
+        generator = self._generator()
+        found = np.zeros(len(targets), dtype=bool)
+        for label in np.unique(targets):
+            own = np.flatnonzero(targets == label)
+            order = torch.randperm(len(own), generator=generator).numpy()
+            found[own[order[: min(round(share * len(own)), len(own) - 1)]]] = True
+        return found
 
     def _labels(self, y: Any, count: int) -> np.ndarray[Any, Any]:
         found = plain(y)

@@ -248,5 +248,8 @@ def _symmetric(matrix: Tensor) -> Tensor:
 
 def _present(matrix: Tensor | None) -> Tensor:
     if matrix is None:
-        raise ValueError("this sum was not asked for")
+        raise FeatureProbeError(
+            "this update does not form that matrix here, and the last iteration forms none: fit "
+            "with history=True to have FACT and AGOP at every iteration"
+        )
     return matrix

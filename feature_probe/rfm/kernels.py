@@ -366,11 +366,14 @@ def make_kernel(kernel: str | Kernel | KernelFunction) -> Kernel:
     """
     if isinstance(kernel, Kernel):
         return kernel
-    if isinstance(kernel, str):
-        if kernel not in KERNELS:
-            raise ConfigurationError(
-                f"unknown kernel {kernel!r}; choose from {', '.join(KERNELS)}, or give a Kernel "
-                "or a function of two tensors"
-            )
+    given: object = kernel
+    if isinstance(given, type) and issubclass(given, Kernel):
+        raise ConfigurationError(f"kernel is a class: give an object, {given.__name__}()")
+    if isinstance(kernel, str) and kernel in KERNELS:
         return KERNELS[kernel]()
+    if not callable(kernel):
+        raise ConfigurationError(
+            f"unknown kernel {kernel!r}; choose from {', '.join(KERNELS)}, or give a Kernel or a "
+            "function of two tensors"
+        )
     return AutogradKernel(function=kernel)

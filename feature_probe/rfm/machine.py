@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from numbers import Integral
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +27,8 @@ from feature_probe.rfm.kernels import Kernel
 from feature_probe.rfm.solvers import SOLVERS, Solution, Solver, solve
 
 _MEDIAN_OF = 1000
+#: k that still tells of likeness, and of how many points that is asked.
+_ALIKE, _ALIKE_OF = 1e-6, 200
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,15 @@ class Settings:
         finite_number("tolerance", self.tolerance, positive=True)
         finite_number("memory", self.memory, positive=True)
         _count("iterations", self.iterations, least=0)
+        for name in ("geometric_averaging", "diagonal"):
+            boolean(name, getattr(self, name))
+        # of "none" all is allowed: it is the baseline of the same settings
+        if self.geometric_averaging and self.rule not in ("fact", "none"):
+            raise ConfigurationError(
+                f'geometric_averaging=True is of update="fact"; update is {self.rule!r}'
+            )
+        if self.power != 1 and self.rule not in ("nfa", "none"):
+            raise ConfigurationError(f'power= is of update="nfa"; update is {self.rule!r}')
         if self.patience is not None:
             _count("patience", self.patience, least=1)
 
@@ -160,6 +173,7 @@ def iterate(
     origin = x.mean(0) if kernel.form == "distance" else None
     features = FeatureMap.identity(x.shape[1], settings.diagonal, x, origin)
     best, since = -float("inf"), 0
+    isolated = False
     for number in range(settings.iterations + 1):
         start = time.perf_counter()
         solution = solve(
@@ -173,6 +187,15 @@ def iterate(
             generator=generator,
         )
         machine = Machine(kernel, features, x, solution.dual, settings.memory)
+        if not isolated and kernel.form == "distance" and _isolated(kernel, features(x)):
+            isolated = True
+            warnings.warn(
+                f"iteration {number}: M has grown until the kernel sees no two points as alike, so "
+                "that predictions away from the training points are 0; standardise y, or take "
+                'rescale="trace" or another bandwidth',
+                RuntimeWarning,
+                stacklevel=4,
+            )
         score = None if validation is None else validation[1](machine(validation[0]))
         sums = _sums(settings, machine, last=number == settings.iterations)
         yield Iteration(number, machine, sums, solution, score, time.perf_counter() - start)
@@ -202,6 +225,23 @@ def _sums(settings: Settings, machine: Machine, last: bool) -> FeatureSums:
         agop=settings.measured or (rule == "nfa" and not last),
         memory=settings.memory,
     )
+
+
+def _isolated(kernel: Kernel, u: Tensor) -> bool:
+    """Whether half of some mapped points have no other among them with k above 1e-6."""
+    some = u[:: max(1, len(u) // _ALIKE_OF)]
+    values = kernel.values(some, some).fill_diagonal_(0)
+    return float(values.amax(1).median()) < _ALIKE
+
+
+def boolean(name: str, value: object) -> None:
+    """Check that an argument is True or False.
+
+    Raises:
+        ConfigurationError: if it is not.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise ConfigurationError(f"{name} must be True or False, got {value!r}")
 
 
 def median_bandwidth(kernel: Kernel, x: Tensor, generator: torch.Generator | None) -> float:

@@ -33,8 +33,7 @@ class Solution:
     Attributes:
         dual: α, ``[n, c]``.
         solver: "cholesky" or "iterative".
-        residual: ‖(K + nλI)α − Y‖/‖Y‖ of the worst column, as the iteration knows it; 0 of a direct
-            solution.
+        residual: ‖(K + nλI)α − Y‖/‖Y‖ of the worst column; 0 of a direct solution.
         steps: Of conjugate gradients.
     """
 
@@ -90,6 +89,7 @@ def _direct(kernel: Kernel, u: Tensor, targets: Tensor, shift: float, memory: in
     matrix = u.new_empty(count, count)
     for rows in blocks(count, count, u.dtype, memory):
         matrix[rows] = kernel.values(u[rows], u)
+    _require_finite(matrix)
     matrix.diagonal().add_(shift)
     # LAPACK's factor takes the place of the matrix if that is stored by columns
     factor, info = matrix.mT, torch.zeros((), dtype=torch.int32, device=u.device)
@@ -98,11 +98,7 @@ def _direct(kernel: Kernel, u: Tensor, targets: Tensor, shift: float, memory: in
     # a pivot of the size of rounding is noise: what it would give are not weights
     noise = diagonal.max().square() * torch.finfo(u.dtype).eps
     if int(info) or not bool((diagonal.square() > noise).all()):
-        raise FeatureProbeError(
-            f"the kernel matrix of {count} points with n·ridge = {shift:g} on its diagonal is "
-            f"singular in {str(u.dtype).removeprefix('torch.')} (equal or nearly equal rows after "
-            "the feature map, or a kernel of low rank): give a larger ridge, or float64"
-        )
+        raise FeatureProbeError(_singular(count, shift, u.dtype))
     # cholesky_solve would copy the factor
     halfway = torch.linalg.solve_triangular(factor, targets, upper=False)
     return Solution(
@@ -151,14 +147,21 @@ def _conjugate(
         step += 1
         worst = float((residual.norm(dim=0) / size).max())
         _checked(residual)
+    # the recurrence drifts from what it stands for
+    found = float(((targets - times(_checked(dual))).norm(dim=0) / size).max())
+    if found > 1:
+        raise FeatureProbeError(
+            f"conjugate gradients diverged (relative residual {found:.1e} after {step} steps): "
+            + _singular(count, shift, u.dtype)
+        )
     if worst > tolerance:
         warnings.warn(
             f"conjugate gradients stopped after {step} steps at a relative residual of "
-            f"{worst:.1e} (asked: {tolerance:.1e}); a larger ridge converges sooner",
+            f"{found:.1e} (asked: {tolerance:.1e}); a larger ridge converges sooner",
             RuntimeWarning,
             stacklevel=4,
         )
-    return Solution(_checked(dual), "iterative", worst, step)
+    return Solution(dual, "iterative", found, step)
 
 
 def _preconditioner(
@@ -169,8 +172,11 @@ def _preconditioner(
     landmarks = min(count, _LANDMARKS, max(16, memory // (4 * count * u.dtype.itemsize)))
     chosen = torch.randperm(count, generator=generator)[:landmarks].to(u.device)
     columns = kernel.values(u, u[chosen])
+    _require_finite(columns)
     inner = columns[chosen].double()
     values, vectors = torch.linalg.eigh((inner + inner.T) / 2)
+    if float(values[-1]) <= 0:
+        raise FeatureProbeError(_singular(count, shift, u.dtype))
     keep = values > values[-1] * landmarks * torch.finfo(u.dtype).eps
     whitened = columns @ (vectors[:, keep] / values[keep].sqrt()).to(u.dtype)
     del columns
@@ -185,6 +191,25 @@ def _preconditioner(
         return vectors + correction
 
     return condition
+
+
+def _require_finite(matrix: Tensor) -> None:
+    """Refuse kernel values that overflow; a sum tells, without an array of truth values."""
+    if not bool(matrix.sum().isfinite()) and not bool(matrix.isfinite().all()):
+        raise FeatureProbeError(
+            "the kernel's values are not finite: they overflow (give a larger bandwidth, or "
+            "standardise X and y), or the kernel function gives NaN"
+        )
+
+
+def _singular(count: int, shift: float, dtype: torch.dtype) -> str:
+    wider = ", or float64" if dtype is torch.float32 else ""
+    return (
+        f"the kernel matrix of {count} points with n·ridge = {shift:g} on its diagonal is "
+        f"singular in {str(dtype).removeprefix('torch.')} (equal or nearly equal rows after the "
+        "feature map, or a kernel of low rank) or not positive definite (a kernel function that is "
+        f"none): give a larger ridge{wider}"
+    )
 
 
 def _checked(tensor: Tensor) -> Tensor:

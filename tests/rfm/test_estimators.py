@@ -38,6 +38,7 @@ LEARNING: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:iteration .* M has grown:RuntimeWarning")
 @pytest.mark.parametrize(
     "estimator",
     [
@@ -60,7 +61,10 @@ def test_scikit_learns_own_checks(estimator: Both) -> None:
     assert {result["status"] for result in results} <= {"passed", "skipped"}
 
 
-@pytest.mark.parametrize("own", [{"update": "fact"}, {"update": "nfa", "rescale": "trace"}])
+@pytest.mark.parametrize(
+    "own",
+    [{"update": "fact"}, {"update": "nfa", "rescale": "trace", "geometric_averaging": False}],
+)
 def test_features_are_learned_where_a_kernel_fails(own: dict[str, Any]) -> None:
     """A parity of two among thirty: plain kernel regression knows little, M finds the two."""
     x, y = parity(300, inputs=30)
@@ -221,6 +225,65 @@ def test_the_best_iteration_on_held_out_points_is_kept() -> None:
         RecursiveFeatureMachine(patience=2).fit(x, y)
 
 
+def test_a_share_of_every_class_is_held_out() -> None:
+    """Whatever the split draws, no class is lost, and one point of it at least is trained on."""
+    x = np.random.default_rng(0).normal(size=(60, 3))
+    y = np.array(["a"] * 40 + ["b"] * 19 + ["c"])
+    for seed in range(5):
+        model = RecursiveFeatureMachineClassifier(
+            "none", validation_fraction=0.3, random_state=seed
+        ).fit(x, y)
+        assert model.classes_.tolist() == ["a", "b", "c"]
+        assert model.decision_function(x).shape == (60, 3)
+        assert len(model.machine_.x) == 60 - 12 - 6
+        kept = {tuple(row) for row in model.machine_.x.tolist()}
+        assert tuple(x[-1]) in kept
+        assert sum(tuple(row) in kept for row in x[:40]) == 28
+
+
+@pytest.mark.parametrize(
+    "validation", [np.zeros((9, 10)), (np.zeros((9, 10)),), (np.zeros((9, 10)), [1.0]),
+                   (np.zeros((1, 10)), [1.0]), True]
+)  # fmt: skip
+def test_bad_validation_points(validation: Any) -> None:
+    """Not a pair, of different lengths, or one point, which has no R²."""
+    x, y = parity(30)
+    with pytest.raises(ConfigurationError, match="validation must"):
+        RecursiveFeatureMachine().fit(x, y, validation=validation)
+
+
+def test_a_target_out_of_scale_is_warned_of() -> None:
+    """FACT grows with y²: M then makes every point alone, and R² falls below that of no features.
+
+    Standardising y, or M's trace, is what the message says, and what helps.
+    """
+    x = np.random.default_rng(0).normal(size=(500, 5))
+    y = x[:, 0] * x[:, 1]
+    x, test_x, y, test_y = x[:300], x[300:], y[:300], y[300:]
+    settings: dict[str, Any] = {"bandwidth": 3.0, "ridge": 1e-3, "iterations": 3}
+    with pytest.warns(RuntimeWarning, match="standardise y"):
+        large = RecursiveFeatureMachine(**settings).fit(x, 1e4 * y)
+    assert large.score(test_x, 1e4 * test_y) < 0.1
+    scaled = RecursiveFeatureMachine(rescale="trace", **settings).fit(x, 1e4 * y)
+    assert scaled.score(test_x, 1e4 * test_y) > 0.8
+    assert RecursiveFeatureMachine(**settings).fit(x, y).score(test_x, test_y) > 0.5
+
+
+def test_a_matrix_that_no_update_needs_is_had_with_history() -> None:
+    """A callback that asks for AGOP under FACT is told how; any answer but True goes on."""
+    x, y = parity(30)
+    seen: list[torch.Tensor] = []
+
+    def read(iteration: Iteration) -> torch.Tensor:
+        seen.append(iteration.agop)
+        return iteration.fact
+
+    with pytest.raises(FeatureProbeError, match="history=True"):
+        RecursiveFeatureMachine(iterations=1, callbacks=[read]).fit(x, y)
+    RecursiveFeatureMachine(iterations=1, callbacks=[read], history=True).fit(x, y)
+    assert [matrix.shape for matrix in seen] == [(10, 10)] * 2
+
+
 def test_numbers_may_be_numpys() -> None:
     """Searches over parameters hand over NumPy's own."""
     x, y = parity(30)
@@ -228,6 +291,8 @@ def test_numbers_may_be_numpys() -> None:
         iterations=np.int64(1), ridge=np.float32(0.5), bandwidth=np.float64(3.0), memory=np.int64(1)
     )
     assert model.fit(x, y).n_iter_ == 1
+    assert RecursiveFeatureMachine("none", dtype=np.float32).fit(x, y).predict(x).dtype == "float32"
+    assert RecursiveFeatureMachine("none", random_state=None).fit(x, y).n_iter_ == 5
 
 
 def test_callbacks_may_end_the_fit() -> None:
@@ -278,6 +343,30 @@ def test_categorical_columns() -> None:
         RecursiveFeatureMachine(categorical=[7]).fit(x, y)
 
 
+def test_categories_that_are_not_there_or_of_another_type_are_refused() -> None:
+    """Missing values, at fit and at predict; numbers for names; columns that nobody named."""
+    x = np.array([["a", 1], ["b", 2], ["a", 3], ["b", 5]], dtype=object)
+    y = np.arange(4.0)
+    model = RecursiveFeatureMachine("none", categorical=[0]).fit(x, y)
+    for missing in (None, np.nan, pytest.importorskip("pandas").NA):
+        hole = x.copy()
+        hole[1, 0] = missing
+        for use in (lambda data: RecursiveFeatureMachine("none", categorical=[0]).fit(data, y),
+                    model.predict):  # fmt: skip
+            with pytest.raises(ConfigurationError, match="column 0 has missing values"):
+                use(hole)
+    mixed = x.copy()
+    mixed[0, 0] = 7
+    with pytest.raises(ConfigurationError, match="several types: number, str"):
+        RecursiveFeatureMachine("none", categorical=[0]).fit(mixed, y)
+    numbers = x.copy()
+    numbers[:, 0] = 7
+    with pytest.raises(ConfigurationError, match="another type than in training"):
+        model.predict(numbers)
+    with pytest.raises(ConfigurationError, match=r"categorical="):
+        RecursiveFeatureMachine("none").fit(x, y)
+
+
 def test_the_median_bandwidth_is_the_median() -> None:
     """Of distances between different points, in the kernel's own norm."""
     x, y = parity(40)
@@ -304,8 +393,9 @@ def test_copies_and_pickles_predict_the_same() -> None:
 BAD = [
     ({"update": "newton"}, "update must be one of"),
     ({"kernel": "linear"}, "unknown kernel 'linear'"),
-    ({"kernel": 3}, "callable"),
-    ({"bandwidth": 0.0}, "bandwidth"),
+    ({"kernel": 3}, "unknown kernel 3"),
+    ({"kernel": Laplace}, r"Laplace\(\)"),
+    ({"bandwidth": 0.0}, "bandwidth must be a positive number"),
     ({"bandwidth": "mean"}, "bandwidth"),
     ({"ridge": -1.0}, "ridge"),
     ({"ridge": float("nan")}, "ridge"),
@@ -315,6 +405,13 @@ BAD = [
     ({"solver": "lu"}, "solver"),
     ({"memory": 0.0}, "memory"),
     ({"memory": "all"}, "memory"),
+    ({"update": "nfa", "geometric_averaging": True}, 'of update="fact"'),
+    ({"power": 0.5}, 'of update="nfa"'),
+    ({"diagonal": "yes"}, "diagonal must be True or False"),
+    ({"history": "no"}, "history must be True or False"),
+    ({"callbacks": print}, "callbacks must be"),
+    ({"categorical": None}, "categorical must be"),
+    ({"categorical": 3}, "categorical must be"),
     ({"validation_fraction": 1.0}, "validation_fraction"),
     ({"validation_fraction": 0.99}, "fewer than 2"),
     ({"random_state": "x"}, "random_state"),

@@ -10,7 +10,8 @@ import torch
 
 from feature_probe import FeatureProbeError
 from feature_probe.rfm import Gaussian, Laplace, Polynomial, solve
-from feature_probe.rfm.solvers import chosen_solver
+from feature_probe.rfm.kernels import AutogradKernel
+from feature_probe.rfm.solvers import Solver, chosen_solver
 
 
 def points(count: int = 300, inputs: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,8 +95,39 @@ def test_singular_at_no_ridge(ridge: float) -> None:
     assert solve(Laplace(2.0), x, y, ridge).dual.isfinite().all()  # different rows: well-posed
 
 
-def test_values_that_overflow_are_refused() -> None:
-    """A cubic of large inputs in float32."""
+@pytest.mark.parametrize("solver", ["cholesky", "iterative"])
+def test_values_that_overflow_are_refused(solver: Solver) -> None:
+    """A cubic of large inputs in float32, and a function that gives NaN: by their own name."""
     x, y = points(20)
-    with pytest.raises(FeatureProbeError, match=r"singular|not finite"):
-        solve(Polynomial(1e-14, degree=3), x.float(), y.float(), 1e-3)
+    with pytest.raises(FeatureProbeError, match="values are not finite"):
+        solve(Polynomial(1e-14, degree=3), x.float(), y.float(), 1e-3, solver=solver)
+    log = AutogradKernel(function=lambda u, v: (u @ v.T).log())
+    with pytest.raises(FeatureProbeError, match="values are not finite"):
+        solve(log, x, y, 1e-3, solver=solver)
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "iterative"])
+def test_a_function_that_is_no_kernel_is_refused(solver: Solver) -> None:
+    """Values whose matrix has negative eigenvalues; float64 is not advised where it is."""
+    x, y = points(50)
+    negative = AutogradKernel(function=lambda u, v: -torch.exp(-torch.cdist(u, v)))
+    with pytest.raises(FeatureProbeError, match=r"not positive definite.*larger ridge$"):
+        solve(negative, x, y, 1e-3, solver=solver)
+
+
+def test_conjugate_gradients_that_diverge_are_refused() -> None:
+    """Equal rows with different targets at no ridge have no solution."""
+    x, _ = points(60)
+    y = torch.randn(120, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(FeatureProbeError, match=r"diverged.*singular"):
+        solve(Laplace(2.0), torch.cat([x, x]), y, 0.0, solver="iterative")
+
+
+def test_the_residual_is_the_systems_own() -> None:
+    """In float32 the recurrence goes on falling where the solution does not."""
+    x, y = points(200)
+    kernel, ridge = Laplace(10.0), 1e-6
+    found = solve(kernel, x.float(), y.float(), ridge, solver="iterative", tolerance=1e-7)
+    system = kernel.values(x, x) + 200 * ridge * torch.eye(200, dtype=torch.float64)
+    true = (system @ found.dual.double() - y).norm(dim=0) / y.norm(dim=0)
+    assert found.residual == pytest.approx(float(true.max()), rel=0.5, abs=2e-7)
