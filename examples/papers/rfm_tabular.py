@@ -248,7 +248,20 @@ def main(argv: Sequence[str] | None = None) -> Results:
             axis.plot(plain, one["accuracy"][method] - plain, marker, color=color, markersize=3)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(title=method.replace(", ", ",\n"), xlabel=f"accuracy, {PLAIN}")
-    grid[0, 0].set(ylabel=f"less that of the {PLAIN}")
+    limits = [axis.get_ylim() for axis in grid[0]]
+    for axis in grid[0]:
+        axis.set(ylim=(min(low for low, _ in limits), max(high for _, high in limits)))
+    grid[0, 0].set(ylabel=f"accuracy less that\nof the {PLAIN}")
+    for marker, label in (("o", "data set"), ("x", "two uneven classes")):
+        grid[0, -1].plot([], [], marker, color="black", markersize=3, label=label)
+    grid[0, -1].legend(fontsize=6, loc="lower left")
+    first = {m: sum(one["chosen"][m][2] == 0 for one in done) for m in ("FACT-RFM", "NFA-RFM")}
+    run.results.note = (
+        f"The paper's numbers are of 120 data sets of UCI, these of {len(done)} of KEEL's. The "
+        f"choice fell on iteration 0, the plain kernel, for {first['FACT-RFM']} of them with "
+        f"FACT-RFM and {first['NFA-RFM']} with NFA-RFM: no update was better on the half that "
+        "chooses."
+    )
     return run.finish(figure)
 
 
