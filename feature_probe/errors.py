@@ -5,6 +5,8 @@ from __future__ import annotations
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 
 class FeatureProbeError(Exception):
     """Base class of everything this package raises on purpose."""
@@ -36,6 +38,16 @@ def finite_number(name: str, value: Any, *, positive: bool) -> None:
     if not fits or not 0 <= value < float("inf") or (positive and value == 0):
         what = "positive" if positive else "at least 0"
         raise ConfigurationError(f"{name} must be a finite number, {what}; got {value!r}")
+
+
+def boolean(name: str, value: Any) -> None:
+    """Check that an argument is True or False, NumPy's included.
+
+    Raises:
+        ConfigurationError: if it is not.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise ConfigurationError(f"{name} must be True or False, got {value!r}")
 
 
 def positive_integer(name: str, value: Any) -> None:

@@ -12,21 +12,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from feature_probe.errors import ConfigurationError, FeatureProbeError, finite_number
+from feature_probe.errors import ConfigurationError, FeatureProbeError, boolean, finite_number
 from feature_probe.reports.record import Record
 from feature_probe.reports.scoring import log_fault
 from feature_probe.rfm.encoding import Columns, Place, plain
 from feature_probe.rfm.features import Rescaling, Rule
 from feature_probe.rfm.kernels import Kernel, KernelFunction, make_kernel
-from feature_probe.rfm.machine import (
-    Iteration,
-    Machine,
-    Score,
-    Settings,
-    boolean,
-    iterate,
-    median_bandwidth,
-)
+from feature_probe.rfm.machine import Iteration, Machine, Score, Settings, iterate, median_bandwidth
 from feature_probe.rfm.reporting import report
 from feature_probe.rfm.sklearn_base import HAS_SKLEARN, BaseEstimator
 from feature_probe.rfm.solvers import Solver
@@ -286,11 +278,12 @@ class EstimatorBase(BaseEstimator):  # type: ignore[misc]
                 )
             return None
         held = self._held_out(targets, share)
-        if (~held).sum() < 2:
-            raise ConfigurationError(
-                f"validation_fraction={share!r} of {len(targets)} points leaves fewer than 2 to "
-                "train on"
-            )
+        for left, use in ((~held, "train on"), (held, "validate on")):
+            if left.sum() < 2:
+                raise ConfigurationError(
+                    f"validation_fraction={share!r} of {len(targets)} points leaves fewer than 2 "
+                    f"to {use}"
+                )
         return np.flatnonzero(~held), np.flatnonzero(held)
 
     # -- inputs ----------------------------------------------------------------------------------

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from numbers import Integral
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from feature_probe.errors import ConfigurationError, finite_number
+from feature_probe.errors import ConfigurationError, boolean, finite_number
 from feature_probe.rfm.features import (
     RULES,
     FeatureMap,
@@ -187,7 +186,7 @@ def iterate(
             generator=generator,
         )
         machine = Machine(kernel, features, x, solution.dual, settings.memory)
-        if not isolated and kernel.form == "distance" and _isolated(kernel, features(x)):
+        if number > 0 and not isolated and _isolated(kernel, features, x):
             isolated = True
             warnings.warn(
                 f"iteration {number}: M has grown until the kernel sees no two points as alike, so "
@@ -227,21 +226,13 @@ def _sums(settings: Settings, machine: Machine, last: bool) -> FeatureSums:
     )
 
 
-def _isolated(kernel: Kernel, u: Tensor) -> bool:
-    """Whether half of some mapped points have no other among them with k above 1e-6."""
-    some = u[:: max(1, len(u) // _ALIKE_OF)]
+def _isolated(kernel: Kernel, features: FeatureMap, x: Tensor) -> bool:
+    """Whether half of some points have no other among them with k above 1e-6."""
+    if kernel.form != "distance":
+        return False
+    some = features(x[:: max(1, len(x) // _ALIKE_OF)])
     values = kernel.values(some, some).fill_diagonal_(0)
     return float(values.amax(1).median()) < _ALIKE
-
-
-def boolean(name: str, value: object) -> None:
-    """Check that an argument is True or False.
-
-    Raises:
-        ConfigurationError: if it is not.
-    """
-    if not isinstance(value, (bool, np.bool_)):
-        raise ConfigurationError(f"{name} must be True or False, got {value!r}")
 
 
 def median_bandwidth(kernel: Kernel, x: Tensor, generator: torch.Generator | None) -> float:

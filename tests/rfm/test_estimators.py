@@ -239,6 +239,8 @@ def test_a_share_of_every_class_is_held_out() -> None:
         kept = {tuple(row) for row in model.machine_.x.tolist()}
         assert tuple(x[-1]) in kept
         assert sum(tuple(row) in kept for row in x[:40]) == 28
+    with pytest.raises(ConfigurationError, match="fewer than 2 to validate on"):
+        RecursiveFeatureMachineClassifier(validation_fraction=0.2).fit(x[:4], ["a", "b"] * 2)
 
 
 @pytest.mark.parametrize(
