@@ -14,7 +14,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("accelerate", "figures", "lightning", "mlflow", "rfm", "timm", "transformers", "wandb")
+EXTRAS = (
+    "accelerate",
+    "benchmarks",
+    "figures",
+    "lightning",
+    "mlflow",
+    "rfm",
+    "timm",
+    "transformers",
+    "wandb",
+)
 HEAVY = ("torchvision", "tensorboard", "matplotlib", "pandas", "sklearn", *EXTRAS)
 
 
