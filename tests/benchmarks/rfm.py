@@ -22,7 +22,9 @@ import platform
 import statistics
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from feature_probe.rfm import RecursiveFeatureMachine
+from feature_probe.rfm import Iteration, RecursiveFeatureMachine
 
 INPUTS, HELD, BANDWIDTH, RIDGE = 50, 1000, 5.0, 1e-3
 #: By n: iterations of a fit, and rounds.
@@ -53,19 +55,12 @@ def data(points: int) -> Data:
 def ours(given: Data, iterations: int) -> float:
     """Mean squared error on held-out points."""
     x, y, test_x, test_y = given
-    model = RecursiveFeatureMachine(
+    last: deque[Iteration] = deque(maxlen=1)  # fit keeps the best, xrfm as called here the last
+    RecursiveFeatureMachine(
         update="nfa", kernel="laplace", bandwidth=BANDWIDTH, ridge=RIDGE, iterations=iterations,
-        rescale="max", callbacks=[_last],
+        rescale="max", callbacks=[last.append],
     ).fit(x, y, validation=(test_x, test_y))  # fmt: skip
-    del model
-    return float((_LAST.pop()(test_x) - test_y).square().mean())
-
-
-_LAST: list[Any] = []
-
-
-def _last(iteration: Any) -> None:
-    _LAST[:] = [iteration.machine]
+    return float((last[0].machine(test_x) - test_y).square().mean())
 
 
 def theirs(solver: str, given: Data, iterations: int) -> float:
@@ -84,15 +79,11 @@ def theirs(solver: str, given: Data, iterations: int) -> float:
     return float((model.predict(test_x).reshape(-1, 1) - test_y).square().mean())
 
 
-def _lu(given: Data, iterations: int) -> float:
-    return theirs("solve", given, iterations)
-
-
-def _cholesky(given: Data, iterations: int) -> float:
-    return theirs("cholesky", given, iterations)
-
-
-FITS: dict[str, Callable[[Data, int], float]] = {OURS: ours, LU: _lu, CHOLESKY: _cholesky}
+FITS: dict[str, Callable[[Data, int], float]] = {
+    OURS: ours,
+    LU: partial(theirs, "solve"),
+    CHOLESKY: partial(theirs, "cholesky"),
+}
 
 
 def _report_peak(name: str, points: int, pipe: Connection) -> None:
