@@ -15,6 +15,8 @@ from feature_probe.capture.shadow import eagerly
 from feature_probe.errors import positive_integer
 from feature_probe.layers.targets import Selection, Target, find_targets
 from feature_probe.models import unwrap
+from feature_probe.pacing.budget import nice
+from feature_probe.pacing.pace import DEFAULT_BUDGET
 from feature_probe.reports.scoring import LayerFacts, score_layer
 from feature_probe.sums.jacobian import JacobianSettings
 from feature_probe.sums.moments import sum_dtype
@@ -80,6 +82,14 @@ class Estimate:
         probed = (self.step_ratio - 1) * min(window, every)
         return 1 + (probed + self.report_seconds / self.step_seconds) / every
 
+    def interval(self, budget: float = DEFAULT_BUDGET, window: int = 4) -> int:
+        """Steps between two reports that keep probing within a share of the training's time.
+
+        As in :class:`feature_probe.pacing.budget.Budget`, which measures what is estimated here.
+        """
+        probed = (self.step_ratio - 1) * window + self.report_seconds / self.step_seconds
+        return max(nice(probed / budget), window)
+
     def __str__(self) -> str:
         rows = [
             f"{entry.layer}: {entry.rows} rows, "
@@ -91,8 +101,9 @@ class Estimate:
                 f"sums: {_size(self.bytes_held)} held, {_size(self.bytes_peak)} at most; "
                 f"a step inside a window costs about {self.step_ratio:.2f} plain steps",
                 f"a report takes about {self.report_seconds:.2g} s here, "
-                f"{self.report_seconds / self.step_seconds:.3g} plain steps; on average a step "
-                f"with every=100, window=4 costs {self.amortised(100, 4):.2f} plain ones",
+                f"{self.report_seconds / self.step_seconds:.3g} plain steps; with window=4 a "
+                f"report every {self.interval()} steps takes {100 * DEFAULT_BUDGET:g} % of the "
+                f"training's time, one every 100 takes {100 * (self.amortised(100, 4) - 1):.2g} %",
                 *rows,
             ]
         )

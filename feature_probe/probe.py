@@ -19,6 +19,8 @@ from feature_probe.layers.targets import Discovery, Selection, Target, find_targ
 from feature_probe.models import unwrap
 from feature_probe.optimizers.behaviour import form_note
 from feature_probe.optimizers.clock import DecayClock
+from feature_probe.pacing.cost import Cost
+from feature_probe.pacing.pace import Pace
 from feature_probe.processes.ranks import Ranks
 from feature_probe.processes.reduction import GroupChoice
 from feature_probe.reports.assembly import Assembler
@@ -28,7 +30,7 @@ from feature_probe.reports.report import Report
 from feature_probe.reports.structure_settings import Structure
 from feature_probe.reports.structuring import Structuring
 from feature_probe.reports.verification import Verification
-from feature_probe.schedules import Schedule, parse_schedule
+from feature_probe.schedules import Schedule
 from feature_probe.selftest import SelfTest
 from feature_probe.sinks import Sink
 from feature_probe.sinks.outlets import Outlets
@@ -57,7 +59,7 @@ class FeatureProbe:
 
     ::
 
-        with FeatureProbe(model, optimizer=optimizer, log_dir="runs/mlp", every=100) as probe:
+        with FeatureProbe(model, optimizer=optimizer, log_dir="runs/mlp") as probe:
             for x, y in loader:
                 optimizer.zero_grad()
                 loss_fn(model(x), y).backward()
@@ -79,7 +81,13 @@ class FeatureProbe:
             :meth:`step` after ``loss.backward()``. Of several the last one listed ends a step; each
             layer's weight and gradient are read when its own optimizer steps.
         every: Report at steps 0, n, 2n, ... (step 0 is initialisation), or any ``step -> bool``
-            that depends on the step alone (:mod:`feature_probe.schedules`).
+            that depends on the step alone (:mod:`feature_probe.schedules`). None: as often as
+            ``budget`` allows.
+        budget: Without ``every``, the share of the training's time that probing may take, 0.02 if
+            None: reports at step 0 and after 20 steps outside windows, then evenly, so far apart
+            that a window and a report stay within it, as measured in this run. What was chosen
+            stands in ``report.settings["cost"]``, what it really costs in :attr:`cost`. Of several
+            processes the first decides.
         window: Steps whose sums go into a report, the reported one last; fewer where the previous
             report, or step 0, is nearer. FACT is a matter of the whole data set's gradient: a few
             minibatches show little of it while the learning rate is large, an epoch shows it.
@@ -147,7 +155,8 @@ class FeatureProbe:
         model: nn.Module,
         *,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
-        every: int | Schedule = 100,
+        every: int | Schedule | None = None,
+        budget: float | None = None,
         window: int = 4,
         relations: Iterable[str] | str | None = None,
         powers: Iterable[float] | float = (0.5, 1.0),
@@ -179,8 +188,10 @@ class FeatureProbe:
         self.faults = 0
         self._model = unwrap(model)
         self._ranks = Ranks(model, process_group)
+        parameters = self._model.parameters()
+        device = next((parameter.device for parameter in parameters), torch.device("cpu"))
+        self._pace = Pace(every, budget, window, device, self._ranks.of_the_first)
         self._optimizers = parse_optimizers(optimizer)
-        self._due = parse_schedule(every)
         self._window_steps = window
         self._keep = keep_matrices
         self._strict = strict
@@ -252,6 +263,9 @@ class FeatureProbe:
         self._configuration = _configuration(discovery.targets, asked, wanted, self._settings)
         self._resumed: Mapping[str, Any] | None = None
         self._unanswered: set[int] = set()
+        self._in_window = self._met = False
+        #: No step before this one is due, but for those that are over.
+        self._none_before = 0
         self._attached = False
         self._fresh = True
         self._stepped: list[torch.optim.Optimizer] = []
@@ -286,6 +300,11 @@ class FeatureProbe:
         """Whether the probe is watching."""
         return self._attached
 
+    @property
+    def cost(self) -> Cost:
+        """What probing has cost in this run so far, as measured; ``print`` it."""
+        return self._pace.cost
+
     def attach(self) -> FeatureProbe:
         """Start watching, with an empty window, or with that of :meth:`load_state_dict`.
 
@@ -315,6 +334,7 @@ class FeatureProbe:
         self._collector.start()
         self._collector.evidence = self._self_test.evidence()
         self._take_up()
+        self._pace.start()
         self._arm()
         return self
 
@@ -323,6 +343,7 @@ class FeatureProbe:
         if not self._attached:
             return
         self._attached = False
+        self._pace.stop()
         if self.report is None:
             logger.warning(
                 "the probe made no report: of the steps it saw (%d) none was due%s",
@@ -359,6 +380,7 @@ class FeatureProbe:
             if self._initial_network is None
             else self._initial_network.state_dict(),
             "collector": self._resumed or self._collector.state_dict(),
+            "pace": self._pace.state_dict(),
             "sinks": self._outlets.state_dict(),
         }
 
@@ -367,7 +389,7 @@ class FeatureProbe:
 
         What ``log_dir`` and ``sinks`` hold of later steps, from a run that went on after the
         checkpoint, is superseded. A ``writer`` must be opened with ``purge_step``, the step of the
-        state. The schedule, ``window`` and the sinks may be others than before.
+        state. The schedule, ``budget``, ``window`` and the sinks may be others than before.
 
         Args:
             state: What ``state_dict()`` returned, of a probe of the same layers and settings.
@@ -377,7 +399,7 @@ class FeatureProbe:
                 settings, or is none.
         """
         check_state(state, self._configuration)
-        self._step = state["step"]
+        self._step, self._none_before = state["step"], 0
         self.faults = state["faults"]
         self.report = None if state["report"] is None else Report.from_dict(state["report"])
         self._clock.load_state_dict(state["clock"])
@@ -388,6 +410,7 @@ class FeatureProbe:
         if self._initial_network is not None:
             self._initial_network.load_state_dict(state.get("initial_network", {}))
         self._resumed = state["collector"]
+        self._pace.load_state_dict(state.get("pace", {}), self._step)
         if list(state["rank"]) != [self._ranks.rank, self._ranks.count]:
             # another process's sums would be counted twice
             self._resumed = without_sums(state["collector"])
@@ -477,13 +500,15 @@ class FeatureProbe:
         for optimizer in self._stepped:
             self._guard("reading the optimizer", self._clock.advance, optimizer)
         self._stepped.clear()
+        alone = not self._collector.verifying
+        self._guard("pacing the reports", self._pace.stepped, self._in_window, alone)
         self._step += 1
         self._guard("asking the schedule", self._arm)
 
     def _arm(self) -> None:
         """Follow the next step's passes if it is in a window; step 0's are always checked."""
-        ahead = range(self._step, self._step + self._window_steps)
-        in_window = self._step == 0 or any(self._is_due(step) for step in ahead)
+        in_window = self._step == 0 or self._due_from(self._step)
+        self._in_window = in_window
         self._collector.expect(in_window=in_window)
         if in_window or self._collector.verifying:
             self._observer.recorder.arm()
@@ -504,9 +529,11 @@ class FeatureProbe:
         self._step -= skipped
         due = self._is_due(self._step) and not (skipped and self._collector.skipped_now())
         if due:
+            start, self._met = self._pace.mark(), False
             self._guard("making a report", self._report)
+            self._pace.reported(start, self._step, met=self._met)
             self._collector.reported()
-        if due or not self._due_soon():
+        if due or not self._due_from(self._step + 1):
             self._collector.start()
 
     def _is_complete(self, optimizer: torch.optim.Optimizer | None) -> bool:
@@ -520,14 +547,22 @@ class FeatureProbe:
             self._collector.leave_out()
             return not self._optimizers or optimizer is self._optimizers[-1]
 
-    def _due_soon(self) -> bool:
-        ahead = range(self._step + 1, self._step + self._window_steps)
-        return any(self._is_due(step) for step in ahead)
+    def _due_from(self, step: int) -> bool:
+        """Whether one of the steps from ``step`` to the end of a window that begins now is due.
+
+        Each is asked for once, up to the first that is.
+        """
+        for ahead in range(max(step, self._none_before), self._step + self._window_steps):
+            self._none_before = ahead
+            if self._is_due(ahead):
+                return True
+            self._none_before = ahead + 1
+        return False
 
     def _is_due(self, step: int) -> bool:
         """Ask the schedule; where it fails, which is one fault a step, nothing is due."""
         try:
-            return bool(self._due(step))
+            return self._pace.is_due(step)
         except Exception as error:
             if step not in self._unanswered:
                 self._unanswered = {other for other in self._unanswered if other >= self._step}
@@ -545,6 +580,7 @@ class FeatureProbe:
             self._step,
             kept=self._collector.weights,
         )
+        self._met = True
         window = reduced.window
         settings = {
             "source": "loop",
@@ -558,6 +594,7 @@ class FeatureProbe:
             "faults": self.faults,
             "weight_decay": "; ".join(self.preflight()),
             **self._ranks.settings,
+            **self._pace.settings,
         }
         weights = {i: weight for i, weight in enumerate(reduced.weights) if weight is not None}
         report = self._assembler.report(

@@ -4,7 +4,7 @@
 
     from feature_probe.integrations.lightning import FeatureProbeCallback
 
-    trainer = Trainer(callbacks=[FeatureProbeCallback(every=100)])
+    trainer = Trainer(callbacks=[FeatureProbeCallback()])
     trainer.fit(module, loader)
 
 What it finds goes to the trainer's loggers, and to ``log_dir`` and ``sinks`` where given.

@@ -181,6 +181,18 @@ def test_rows_and_flops_of_layers() -> None:
     assert (tied.layer, tied.rows) == ("first", 15)
 
 
+def test_interval() -> None:
+    """A window and a report cost the budget, or a little less."""
+    made = Estimate((), 0, 0, step_ratio=2.0, report_seconds=0.4, step_seconds=0.1)
+    assert made.interval() == 400  # (4 + 4)/0.02
+    assert made.amortised(400, 4) == pytest.approx(1.02)
+    assert made.interval(0.1, 1) == 50
+    assert made.interval(0.5, 64) == 150  # 68/0.5 = 136
+    assert made.interval(1.0, 64) == 80
+    assert "a report every 400 steps takes 2 % of the training's time" in str(made)
+    assert "one every 100 takes 8 %" in str(made)
+
+
 def test_amortised() -> None:
     """Probed steps over all steps; a window as long as the interval is every step."""
     estimate = Estimate(

@@ -17,6 +17,8 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "schedules": {"errors"},
     "models": {"errors"},
+    # When to report, by what that costs.
+    "pacing.": {"errors", "schedules", "pacing."},
     "initialization": {"errors"},
     # The mathematics: tensors in, tensors out.
     "theory.": {"errors", "theory."},

@@ -17,6 +17,7 @@ from feature_probe.processes.reduction import (
     GroupChoice,
     Part,
     Reduced,
+    broadcast_numbers,
     reduce_window,
     resolve_group,
 )
@@ -58,6 +59,10 @@ class Ranks:
     def settings(self) -> dict[str, int]:
         """What a report says about it."""
         return {} if self.group is None else {"processes": self.count}
+
+    def of_the_first(self, numbers: Sequence[int]) -> Sequence[int]:
+        """The numbers that the group's first process gives. Every rank must call it."""
+        return numbers if self.group is None else broadcast_numbers(numbers, self.group)
 
     def reduce(
         self,

@@ -150,6 +150,15 @@ def reduce_window(
         return _combine(window, parts, union, group, device)
 
 
+def broadcast_numbers(numbers: Sequence[int], group: ProcessGroup) -> list[int]:
+    """The numbers of the group's first rank, on all ranks. All must call it."""
+    on_cpu = "cpu:" in str(dist.get_backend_config(group))
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+    held = torch.tensor(numbers, device=device)
+    dist.broadcast(held, src=dist.get_global_rank(group, 0), group=group)
+    return [int(number) for number in held.tolist()]
+
+
 def _combine(
     window: Window, parts: Sequence[Part], union: Union, group: ProcessGroup, device: torch.device
 ) -> Reduced:

@@ -310,3 +310,13 @@ def test_a_lost_rank_is_raised_if_strict(two: Pool) -> None:
     assert not ok
     assert "all_gather_object" in text
     assert "RuntimeError" in text
+
+
+def test_a_budget_is_paced_by_the_first_rank(two: Pool) -> None:
+    """All ranks report the same steps, though the cost that they measure differs."""
+    first, second = two(jobs.paced, 0.5, 400)
+    assert first["steps"] == second["steps"]
+    assert first["steps"][:2] == [0, 24]
+    assert len(first["steps"]) > 2
+    assert first["cost"].split(";")[0] == second["cost"].split(";")[0]
+    assert second["own"] > first["own"] + 0.04

@@ -268,6 +268,34 @@ def train(run: Run) -> dict[str, Any]:
     }
 
 
+def paced(budget: float, steps: int) -> dict[str, Any]:
+    """Which steps a budget reports on this rank, whose probe works as slowly as its number."""
+    rank = dist.get_rank()
+    run = Run()
+    model = wrapped(run, new_model(run))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found: list[int] = []
+    with FeatureProbe(model, optimizer=optimizer, budget=budget, strict=True) as probe:
+        reduce = probe._ranks.reduce
+
+        def slow(*args: Any, **kwargs: Any) -> Any:
+            reduced = reduce(*args, **kwargs)
+            time.sleep(0.05 * rank)
+            return reduced
+
+        probe._ranks.reduce = slow  # type: ignore[method-assign]
+        for step in range(steps):
+            optimizer.zero_grad()
+            x, y = batch(run, step, 0, rank)
+            F.cross_entropy(model(x, True), y).backward()
+            optimizer.step()
+            if probe.report is not None and (probe.report.records[0].step not in found):
+                found.append(probe.report.records[0].step)
+        report = probe.report
+    assert report is not None
+    return {"steps": found, "cost": report.settings["cost"], "own": probe._pace.cost.report_seconds}
+
+
 def accumulate(run: Run, ranks: int) -> dict[str, Any]:
     """The same in one process, which accumulates the ranks' batches as micro-batches."""
     model = new_model(run)
