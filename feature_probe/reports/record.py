@@ -92,7 +92,7 @@ class Record:
         status: "ok", or why a number is missing.
         off_diagonal_pearson: Pearson's r over the entries off the diagonal (inside blocks).
         spearman: Spearman's rank correlation over the entries i ≤ j inside blocks; of a fixed
-            sample of the columns where there are more than 447.
+            sample of the columns where there are more than 199.
         r_squared: Equalities: 1 − ‖X − A‖²/‖A − mean A‖² with the true λ. Proportionalities: that
             of the best one, 1 − min_c ‖A − cX‖²/‖A‖².
         chance_spread: Standard deviation of the cosine by chance about ``level_by_chance``.

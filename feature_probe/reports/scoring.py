@@ -13,7 +13,7 @@ from torch import Tensor
 
 from feature_probe.reports.record import Record
 from feature_probe.theory.agreement import Agreement, compare, undefined
-from feature_probe.theory.levels import ChanceLevel, shared_weight_level
+from feature_probe.theory.levels import ChanceLevel, ChanceLevels
 from feature_probe.theory.matrices import LayerMatrices
 from feature_probe.theory.power import FittedPower, fitted_power, power_cosine
 from feature_probe.theory.relations import Basis, LayerStatistics, Relation, Sum
@@ -87,15 +87,22 @@ def score_layer(
         return LayerMatrices(statistics.based_on(basis))
 
     @cache
+    def levels(basis: Basis, needs: Sum) -> ChanceLevels:
+        seen = matrices(basis)
+        values = seen.curvature_values(needs)
+        return ChanceLevels(seen.input_rows[0], values, statistics.tolerance)
+
+    @cache
     def fit(relation: Relation) -> Fit:
-        return _fit(statistics, matrices(relation.basis), relation)
+        chance = levels(relation.basis, relation.needs)
+        return _fit(matrices(relation.basis), relation, chance.mean)
 
     def scores(relation: Relation, power: float | None) -> _Scores:
         if reason := missing[relation.needs, relation.basis]:
             return _Scores(undefined(reason))
         try:
             seen = matrices(relation.basis)
-            return _scores(statistics, seen, relation, power, fit, facts.depth)
+            return _scores(seen, relation, power, fit, levels, facts.depth)
         except Exception as error:  # one number's failure must not cost the others
             on_fault(error, f"scoring layer {facts.layer!r}")
             return _Scores(undefined(fault_status(error)))
@@ -202,11 +209,11 @@ def _form(relation: Relation, form: str) -> str:
 
 
 def _scores(
-    statistics: LayerStatistics,
     matrices: LayerMatrices,
     relation: Relation,
     power: float | None,
     fit: Callable[[Relation], Fit],
+    levels: Callable[[Basis, Sum], ChanceLevels],
     depth: int | None,
 ) -> _Scores:
     agreement = compare(matrices.gram(relation), matrices.prediction(relation, power))
@@ -221,7 +228,8 @@ def _scores(
         )
     shared = None
     if relation.side == "forward":
-        shared = _level(statistics, matrices, relation, 1.0 if power is None else power)
+        chance = levels(relation.basis, relation.needs)
+        shared = chance.at(1.0 if power is None else power)
     fitted = fit(relation)
     return _Scores(
         agreement,
@@ -246,27 +254,19 @@ class Fit:
     cosine: Callable[[float], float]
 
 
-def _fit(statistics: LayerStatistics, matrices: LayerMatrices, relation: Relation) -> Fit:
+def _fit(matrices: LayerMatrices, relation: Relation, shared: Callable[[float], float]) -> Fit:
+    """``shared``: the level of the forward relation by chance."""
     values, quotients, norm = matrices.power_inputs(relation)
 
     def level(power: float) -> float:
         if relation.side == "forward":
-            return _level(statistics, matrices, relation, power).cosine
+            return shared(power)
         return compare(matrices.gram(relation), matrices.prediction(relation, power)).chance_cosine
 
     return Fit(
         fitted_power(values, quotients, norm, level),
         lambda power: power_cosine(values, quotients, norm, power),
     )
-
-
-def _level(
-    statistics: LayerStatistics, matrices: LayerMatrices, relation: Relation, power: float
-) -> ChanceLevel:
-    """What the same W gets with random eigenvectors of K or E."""
-    values = matrices.curvature_values(relation.needs)
-    rows = matrices.input_rows[0]
-    return shared_weight_level(rows, values, power, statistics.tolerance)
 
 
 def _told(agreement: Agreement) -> str:
@@ -303,4 +303,5 @@ def _missing(statistics: LayerStatistics, needs: Sum, basis: Basis) -> str:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
+    """Nothing of the tensor's size is written, unlike by ``torch.isfinite``."""
+    return math.isfinite(float(torch.linalg.vector_norm(tensor, ord=math.inf)))

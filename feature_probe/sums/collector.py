@@ -186,7 +186,13 @@ class Collector:
         scale = step_scale(optimizer, self._loss_scale)
         number, last = self._number(optimizer), self._is_last(optimizer)
         fresh = self._observer.ledger.commit(scale.loss, number)
-        self._read_gradients(fresh, number, scale, keep=keep_weights and not last)
+        gradients = self._read_gradients(fresh, number, scale, keep=keep_weights and not last)
+        if last and scale.taken is None:
+            self._end(fresh, None, gradients)
+            self._ownership.refresh()
+            return True
+        for index, gradient in gradients:  # a copy: it may change before the step's sums are added
+            fresh.layer(index).add_gradient(gradient)
         if not last:
             self._parts.append((number, fresh, scale.taken))
             return False
@@ -227,8 +233,20 @@ class Collector:
                 return number
         return 0
 
-    def _end(self, fresh: Window, taken: Tensor | None) -> None:
-        """Add the step to the window: the last optimizer's part, and those before it."""
+    def _end(
+        self,
+        fresh: Window,
+        taken: Tensor | None,
+        gradients: Sequence[tuple[int, Tensor]] = (),
+    ) -> None:
+        """Add the step to the window: the last optimizer's part, and those before it.
+
+        Args:
+            fresh: The last optimizer's part.
+            taken: Whether it will step.
+            gradients: Of its targets, where they are not in ``fresh``: they are added as they
+                stand, without a copy.
+        """
         self._give_resumed()
         parts, self._parts = self._parts, []
         if self.spoiled:
@@ -252,9 +270,18 @@ class Collector:
         for number in behind:
             self._since[number] = 0
         _add(self.window, fresh, taken)
+        for index, gradient in gradients:
+            self.window.layer(index).add_gradient(gradient)
 
-    def _read_gradients(self, window: Window, number: int, scale: StepScale, *, keep: bool) -> None:
-        """Add each layer's gradient as its optimizer is about to use it, weight 1 a step."""
+    def _read_gradients(
+        self, window: Window, number: int, scale: StepScale, *, keep: bool
+    ) -> list[tuple[int, Tensor]]:
+        """Each layer's gradient as its optimizer is about to use it, weight 1 a step.
+
+        Returns:
+            (index, gradient) of the targets whose G is their parameter's; not copied.
+        """
+        found: list[tuple[int, Tensor]] = []
         for index, target in enumerate(self._targets):
             parameter = target.parameter
             if parameter is None or self._ownership.trainer(index) != number:
@@ -274,9 +301,8 @@ class Collector:
             if self._gradients and parameter.grad is not None:
                 gradient = _dense(parameter.grad.detach())
                 unscaled = isinstance(scale.gradient, float) and scale.gradient == 1.0
-                window.layer(index).add_gradient(
-                    gradient if unscaled else gradient / scale.gradient
-                )
+                found.append((index, gradient if unscaled else gradient / scale.gradient))
+        return found
 
     def _verify(
         self,

@@ -50,7 +50,9 @@ class Moments:
         """Add ``weight``·``gradient``; the tensor given is not kept."""
         dtype = sum_dtype(gradient.dtype)
         if self.gradient is None:
-            self.gradient = gradient.detach().to(dtype, copy=True).mul_(weight)
+            self.gradient = gradient.detach().to(dtype, copy=True)
+            if weight != 1.0:
+                self.gradient.mul_(weight)
         else:
             self.gradient.add_(gradient.detach(), alpha=weight)
         self.gradient_weight += weight

@@ -229,19 +229,19 @@ class Trajectory:
         if path.steps > 0 and path.totals is not None:
             state: Mapping[Any, Any] = optimizer.state
             buffer = state.get(target.parameter, {}).get("momentum_buffer")
-            change = None
+            moved = None
             if nesterov and before is not None and buffer is not None:
-                change = _wide((before - weight) / path.last_rate)
-                cross = (change * _wide(target.matrix(buffer))).sum() * path.last_rate
+                change = (before - weight) / path.last_rate
+                cross = _total(_dots(change, target.matrix(buffer))) * path.last_rate
                 path.crossed = (
                     cross if path.crossed is None else _beside(path.crossed, cross) + cross
                 )
+                moved = _total(_squares(change)) * path.last_rate
             elif not nesterov and group.get("momentum") and buffer is not None:
-                change = _wide(target.matrix(buffer.detach()))
+                moved = _total(_squares(target.matrix(buffer.detach()))) * path.last_rate
             elif not group.get("momentum"):
-                change = _wide(_plain_change(path, group))
-            if change is not None:
-                moved = change.square().sum() * path.last_rate
+                moved = _plain_change(path, group) * path.last_rate
+            if moved is not None:
                 path.moved = moved if path.moved is None else _beside(path.moved, moved) + moved
                 path.behind = path.totals[1].clone()
         if nesterov:
@@ -249,11 +249,11 @@ class Trajectory:
 
 
 def _plain_change(path: Path, group: Mapping[str, Any]) -> Tensor:
-    """‖G + λW‖ of the step before this one, from its scalars: without momentum, −ΔW/η."""
+    """‖G + λW‖² of the step before this one, from its scalars: without momentum, of −ΔW/η."""
     dot, weight, gradient = _wide(path.ring[-2]).sum(-1)
     decay = float(group.get("weight_decay") or 0.0)
     squared: Tensor = gradient + 2 * decay * dot + decay**2 * weight
-    return squared.clamp_min(0.0).sqrt()
+    return squared.clamp_min(0.0)
 
 
 def _scalars(weight: Tensor, gradient: Tensor, scale: float | Tensor) -> Tensor:
@@ -261,11 +261,27 @@ def _scalars(weight: Tensor, gradient: Tensor, scale: float | Tensor) -> Tensor:
     if weight.dtype not in (torch.float32, torch.float64):
         weight = weight.float()
     gradient = gradient.to(weight.dtype)
-    dot = torch.linalg.vecdot(weight, gradient)
-    squares = [torch.linalg.vector_norm(matrix, dim=-1).square() for matrix in (weight, gradient)]
+    dot, own, other = _dots(weight, gradient), _squares(weight), _squares(gradient)
     if not isinstance(scale, float) or scale != 1.0:
-        dot, squares[1] = dot / scale, squares[1] / scale**2
-    return torch.stack([dot, *squares])
+        dot, other = dot / scale, other / scale**2
+    return torch.stack([dot, own, other])
+
+
+def _dots(one: Tensor, other: Tensor) -> Tensor:
+    """The inner products of the rows."""
+    products: Tensor = torch.linalg.vecdot(one, other.to(one.dtype))
+    return products
+
+
+def _squares(matrix: Tensor) -> Tensor:
+    """The squared norms of the rows: read once, and nothing of the matrix's size is written."""
+    norms: Tensor = torch.linalg.vector_norm(matrix, dim=-1)
+    return norms.square()
+
+
+def _total(rows: Tensor) -> Tensor:
+    """The sum of a number per row, in float64."""
+    return _wide(rows).sum()
 
 
 def _bias(target: Target) -> nn.Parameter | None:

@@ -35,7 +35,7 @@ class Agreement:
         reason: Why any of them is NaN, "" if none is.
         off_diagonal_pearson: Pearson's r over the entries with i ≠ j alone.
         spearman: Spearman's rank correlation over the entries with i ≤ j, ties sharing their mean
-            rank; of at most about 10⁵ of them, a fixed sample (:mod:`feature_probe.theory.ranks`).
+            rank; of at most 19,900 of them, a fixed sample (:mod:`feature_probe.theory.ranks`).
         chance_spread: Standard deviation of the cosine under that random rotation, closed form; 0
             where the blocks have one entry, which no rotation changes.
     """
@@ -79,7 +79,7 @@ def compare(actual: Factored, predicted: Factored) -> Agreement:
     """Scores of ``predicted`` against ``actual``, both ``[groups]`` blocks of side d.
 
     The factors are scaled by powers of two first, so that neither tiny nor huge entries are lost.
-    Beside inner products of the factors this sorts at most 10⁵ entries of each side.
+    Beside inner products of the factors this sorts at most 19,900 entries of each side.
 
     Returns:
         The scores; NaN with a reason where a side is zero, not finite, constant or 1 × 1.

@@ -1,10 +1,11 @@
 """The level that WᵀW and (WᵀKW)ˢ reach by chance: the W they share, K's eigenvectors at random.
 
 Level and spread are functions of a random rotation Q of d_out dimensions. What is small enough is
-sampled. In wide layers the spread follows instead from how fast the cosine f changes as Q is turned
-further: Var f = E‖∇_Q f‖²/d_out holds exactly for a function that is linear in QKQᵀ, and is too
-large by a factor 2 for a quadratic one. With Γ = ∂f/∂(QKQᵀ) the gradient is the commutator of
-QKQᵀ and Γ, whose norm a few random vectors z tell: ‖C‖² = E‖Cz‖².
+sampled, with one eigenproblem a draw for all powers. In wide layers the spread follows instead from
+how fast the cosine f changes as Q is turned further: Var f = E‖∇_Q f‖²/d_out holds exactly for a
+function that is linear in QKQᵀ, and is too large by a factor 2 for a quadratic one. With
+Γ = ∂f/∂(QKQᵀ) the gradient is the commutator of QKQᵀ and Γ, whose norm a few random vectors z tell:
+‖C‖² = E‖Cz‖².
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from feature_probe.theory.factored import Factored, moderate
-from feature_probe.theory.spectra import gram_spectrum
+from feature_probe.theory.spectra import Spectrum, gram_spectrum
 
 Apply = Callable[[Tensor], Tensor]
 
 _NAN = float("nan")
 #: Most rotations drawn, and the floating-point operations that all of them may cost.
-_MOST_DRAWS, _BUDGET = 256, 3e8
+_MOST_DRAWS, _BUDGET = 96, 1e8
 #: What handling one small matrix costs, in the same operations.
 _OVERHEAD = 20_000
 #: Fewest draws whose standard deviation is taken for the spread (good to about 15 %).
@@ -37,6 +40,10 @@ _ONE = 1 - 1e-9
 _APART = 4.0
 #: Rotations, and random vectors for each, where the spread at s = 1 is not sampled.
 _ROTATIONS, _PROBES = 8, 16
+#: Operations that those rotations may cost.
+_BUDGET_AT_ONE = 3e8
+#: Width from which on rotations are products of signs and transforms: they mix as Haar's do there.
+_WIDE = 128
 #: Eigenvalues closer than this, relatively, share one divided difference.
 _CLOSE = 1e-7
 
@@ -57,30 +64,73 @@ class ChanceLevel:
     arctanh_spread: float
 
 
-@dataclass(frozen=True)
-class _Draws:
-    """Random rotations Q of one layer, in a basis of ℝ^d_out that is Q's own or W's.
+class ChanceLevels:
+    """The levels of one layer at any power: its draws are made once.
 
-    Attributes:
-        rows: QᵀW of the first r columns of Q, ``[draws, groups, r, d_in]``.
-        whole: W in that basis, ``[draws or 1, groups, d_out, d_in]``.
-        frame: The first r columns of Q in that basis, or None where they are unit vectors.
-        values: λ of K, ``[groups, r]``.
+    Args:
+        weight: W in float64, shape ``[groups, d_out, d_in]``, or in coordinates of its row space.
+        values: Kept eigenvalues of K or E, ``[groups, r]``, 0 where dropped.
+        tolerance: Relative eigenvalue clamp.
+        seed: Seed of the draws, so that a report can be repeated.
     """
 
-    rows: Tensor
-    whole: Tensor
-    frame: Tensor | None
-    values: Tensor
+    def __init__(self, weight: Tensor, values: Tensor, tolerance: float, *, seed: int = 0) -> None:
+        self._weight, self._values = moderate(weight)[0], moderate(values)[0]
+        self._tolerance, self._seed = tolerance, seed
+        self._levels: dict[float, ChanceLevel] = {}
+        groups, self._width, _ = weight.shape
+        self._undefined = not (values > 0).any() or not weight.any()
+        self._undefined |= self._width == 1 and groups > 1
 
-    def curvature(self, vectors: Tensor) -> Tensor:
-        """QKQᵀ times vectors ``[draws, groups, d_out, m]``."""
-        if self.frame is not None:
-            return self.frame @ (self.values[..., None] * (self.frame.mT @ vectors))
-        count = self.values.shape[1]
-        product = torch.zeros_like(vectors)
-        product[:, :, :count] = self.values[..., None] * vectors[:, :, :count]
-        return product
+    def at(self, power: float) -> ChanceLevel:
+        """The level at s = ``power``; see :func:`shared_weight_level`."""
+        if power not in self._levels:
+            self._levels[power] = self._level(power)
+        return self._levels[power]
+
+    def mean(self, power: float) -> float:
+        """The level without its spread, which is the larger part of the work in wide layers."""
+        if power in self._levels or self._is_simple() or self._has_closed_form(power):
+            return self.at(power).cosine
+        return float(self._drawn.cosines(power).mean())
+
+    def _level(self, power: float) -> ChanceLevel:
+        if self._undefined:
+            return ChanceLevel(_NAN, _NAN, _NAN)
+        if self._width == 1:
+            return ChanceLevel(1.0, 0.0, 0.0)
+        if self._has_closed_form(power):
+            return _level_at_one(self._weight, self._values, self._generator(1))
+        cosines = self._drawn.cosines(power)
+        if len(cosines) < _FEWEST:
+            variances = self._drawn.variances(power, self._generator(1))
+            return _estimated(float(cosines.mean()), float(variances.mean().sqrt()))
+        far = cosines.clamp(-_ONE, _ONE).atanh()
+        return ChanceLevel(float(cosines.mean()), float(cosines.std()), float(far.std()))
+
+    def _is_simple(self) -> bool:
+        return self._undefined or self._width == 1
+
+    def _has_closed_form(self, power: float) -> bool:
+        return power == 1 and self._width > _NARROW and self._number < _FEWEST
+
+    @cached_property
+    def _number(self) -> int:
+        return _affordable(self._weight, self._values)
+
+    @cached_property
+    def _drawn(self) -> _Draws:
+        generator = self._generator(0)
+        rotation: _Rotation
+        if self._width >= _WIDE:
+            rotation = _Mixing(self._number, self._weight, generator)
+        else:
+            rotation = _Haar(self._number, self._weight, self._values.shape[1], generator)
+        return _Draws(self._weight, self._values, rotation, self._tolerance)
+
+    def _generator(self, stream: int) -> torch.Generator:
+        seed = 2 * self._seed + stream
+        return torch.Generator(device=self._weight.device).manual_seed(seed)
 
 
 def shared_weight_level(
@@ -95,13 +145,13 @@ def shared_weight_level(
 
     The control of Beaglehole, Mitliagkas and Agarwala, "Gradient descent induces alignment between
     weights and the pre-activation tangents": the W that both sides share is kept, only K's
-    eigenvectors are drawn anew. Mean and standard deviation over 24 to 256 draws where
-    d_out ≤ 64, or where so many cost at most 3·10⁸ operations (one costs about 4·d_out·r² with r
-    eigenvalues of K). Elsewhere the spread is √(mean ‖∇f‖²/d_out), typically within 20 % of the
-    standard deviation and at most about a factor √2 above it, and the mean is over the few draws
-    that fit, at least one, so that it is itself uncertain by up to the spread. There, at s = 1, the
-    mean is a closed form, the ratio of expectations, unless eight draws are clearly elsewhere: it
-    is far too low where one side is nearly of rank 1 or 2 (0.76 for 0.87).
+    eigenvectors are drawn anew. Mean and standard deviation over 24 to 96 draws where
+    d_out ≤ 64, or where so many cost at most 10⁸ operations (one costs about 10·r³ + 4·d_out·r²
+    with r eigenvalues of K). Elsewhere the spread is √(mean ‖∇f‖²/d_out), typically within 20 % of
+    the standard deviation and at most about a factor √2 above it, and the mean is over the few
+    draws that fit, at least one, so that it is itself uncertain by up to the spread. There, at
+    s = 1, the mean is a closed form, the ratio of expectations, unless eight draws are clearly
+    elsewhere: it is far too low where one side is nearly of rank 1 or 2 (0.76 for 0.87).
 
     Args:
         weight: W in float64, shape ``[groups, d_out, d_in]``, or in coordinates of its row space.
@@ -117,23 +167,7 @@ def shared_weight_level(
     Raises:
         torch.linalg.LinAlgError: if an eigenproblem does not converge.
     """
-    groups, width, _ = weight.shape
-    weight, values = moderate(weight)[0], moderate(values)[0]
-    if not (values > 0).any() or not weight.any() or (width == 1 and groups > 1):
-        return ChanceLevel(_NAN, _NAN, _NAN)
-    if width == 1:
-        return ChanceLevel(1.0, 0.0, 0.0)
-    generator = torch.Generator(device=weight.device).manual_seed(seed)
-    number = _affordable(weight, values, power)
-    if power == 1 and width > _NARROW and number < _FEWEST:
-        return _level_at_one(weight, values, generator)
-    draws = _drawn(weight, values, number, generator)
-    if number < _FEWEST:
-        cosines, variances = _at_power(draws, power, tolerance, generator)
-        return _estimated(float(cosines.mean()), float(variances.mean().sqrt()))
-    cosines = _cosines_at_one(draws) if power == 1 else _at_power(draws, power, tolerance)[0]
-    far = cosines.clamp(-_ONE, _ONE).atanh()
-    return ChanceLevel(float(cosines.mean()), float(cosines.std()), float(far.std()))
+    return ChanceLevels(weight, values, tolerance, seed=seed).at(power)
 
 
 def _estimated(cosine: float, spread: float) -> ChanceLevel:
@@ -141,77 +175,187 @@ def _estimated(cosine: float, spread: float) -> ChanceLevel:
     return ChanceLevel(cosine, spread, spread / max(1 - min(cosine, _ONE) ** 2, 1e-12))
 
 
-def _affordable(weight: Tensor, values: Tensor, power: float) -> int:
+def _affordable(weight: Tensor, values: Tensor) -> int:
     """How many rotations are drawn."""
     groups, width, columns = weight.shape
     count = values.shape[1]
     operations = count * (4 * width * count + 2 * width * min(width, columns)) + _OVERHEAD
-    if power != 1:
-        operations += 10 * min(count, columns) ** 3
+    operations += 10 * min(count, columns) ** 3
     fewest = _FEWEST if width <= _NARROW else 1
     return int(max(fewest, min(_MOST_DRAWS, _BUDGET // (groups * operations))))
 
 
-def _drawn(weight: Tensor, values: Tensor, draws: int, generator: torch.Generator) -> _Draws:
-    """Haar rotations.
+class _Rotation(Protocol):
+    """Random rotations Q of the rows of one layer, in a basis of ℝ^d_out that is Q's own or W's."""
+
+    @property
+    def whole(self) -> Tensor:
+        """W in that basis, ``[draws or 1, groups, d_out, d_in]``."""
+
+    def rows(self, count: int) -> Tensor:
+        """QᵀW of the first ``count`` columns of Q, ``[draws, groups, count, d_in]``."""
+
+    def curvature(self, values: Tensor, vectors: Tensor) -> Tensor:
+        """QKQᵀ times vectors ``[draws, groups, d_out, m]`` for the eigenvalues of K."""
+
+
+class _Haar:
+    """Rotations from the QR decomposition of normal numbers.
 
     Where W has fewer columns than K has eigenvalues, QᵀW = P·T with W = U·T and P = QᵀU a random
     frame of d_in columns, which is the smaller one to draw.
     """
-    groups, width, columns = weight.shape
-    count = values.shape[1]
-    shape = (draws, groups, width, min(count, columns))
-    normal = torch.randn(shape, generator=generator, dtype=weight.dtype, device=weight.device)
-    frame = torch.linalg.qr(normal).Q  # the signs of its columns cancel in every product
-    if count <= columns:
-        return _Draws(frame.mT @ weight, weight[None], frame, values)
-    whole = frame @ torch.linalg.qr(weight, mode="r").R
-    return _Draws(whole[:, :, :count], whole, None, values)
+
+    def __init__(self, draws: int, weight: Tensor, count: int, generator: torch.Generator) -> None:
+        groups, width, columns = weight.shape
+        shape = (draws, groups, width, min(count, columns))
+        normal = torch.randn(shape, generator=generator, dtype=weight.dtype, device=weight.device)
+        frame = torch.linalg.qr(normal).Q  # the signs of its columns cancel in every product
+        self._frame: Tensor | None = frame if count <= columns else None
+        self.whole: Tensor = weight[None]
+        if self._frame is None:
+            self.whole = frame @ torch.linalg.qr(weight, mode="r").R
+
+    def rows(self, count: int) -> Tensor:
+        """QᵀW of the first ``count`` columns of Q."""
+        if self._frame is None:
+            return self.whole[:, :, :count]
+        return self._frame.mT @ self.whole
+
+    def curvature(self, values: Tensor, vectors: Tensor) -> Tensor:
+        """QKQᵀ times vectors."""
+        if self._frame is not None:
+            turned: Tensor = self._frame.mT @ vectors
+            return self._frame @ (values[..., None] * turned)
+        count = values.shape[1]
+        product = torch.zeros_like(vectors)
+        product[:, :, :count] = values[..., None] * vectors[:, :, :count]
+        return product
 
 
-def _cosines_at_one(draws: _Draws) -> Tensor:
-    """f of every draw at s = 1."""
-    rows = draws.rows
-    own = draws.values.sqrt()[..., None] * rows
-    norms = (own @ own.mT).square().sum((1, 2, 3)).sqrt() * _gram_norm(draws.whole)
-    mixed = rows @ draws.whole.mT
-    return (draws.values[..., None] * mixed.square()).sum((1, 2, 3)) / norms
+class _Mixing:
+    """Q = D₁HD₂HD₃H with random signs D and the Hartley transform H: k·log k operations a vector.
+
+    It mixes as well as Haar's rotations do in many dimensions.
+    """
+
+    def __init__(self, draws: int, weight: Tensor, generator: torch.Generator) -> None:
+        groups, width, _ = weight.shape
+        shape = (draws, groups, width, 1)
+        self._signs = [_signs(shape, generator, weight) for _ in range(3)]
+        self.whole = weight[None]
+
+    def rows(self, count: int) -> Tensor:
+        """QᵀW of the first ``count`` columns of Q."""
+        return self._forth(self.whole)[:, :, :count]
+
+    def curvature(self, values: Tensor, vectors: Tensor) -> Tensor:
+        """QKQᵀ times vectors."""
+        turned, count = self._forth(vectors), values.shape[1]
+        inside = torch.zeros_like(turned)
+        inside[:, :, :count] = values[..., None] * turned[:, :, :count]
+        return self._back(inside)
+
+    def _forth(self, z: Tensor) -> Tensor:
+        for signs in self._signs:
+            z = _hartley(signs * z)
+        return z
+
+    def _back(self, z: Tensor) -> Tensor:
+        for signs in reversed(self._signs):
+            z = signs * _hartley(z)
+        return z
 
 
-def _at_power(
-    draws: _Draws, power: float, tolerance: float, probes: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """f of every draw and, with a generator for the probes, ‖∇f‖²/d_out."""
-    own = draws.values.sqrt()[..., None] * draws.rows
-    spectrum = gram_spectrum(own.flatten(0, 1), tolerance)
-    shape, top = (*own.shape[:2], -1), spectrum.values.max()
-    values = spectrum.values.reshape(shape) / top
-    vectors = spectrum.vectors.reshape(*shape, own.shape[3])
-    raised = values.pow(power)
-    norms = raised.square().sum((1, 2)).sqrt()
-    turned = vectors @ draws.whole.mT
-    first = 1 / (norms * _gram_norm(draws.whole))
-    cosines = first * (raised[..., None] * turned.square()).sum((1, 2, 3))
-    if probes is None:
-        return cosines, cosines
-    first, second = (x[:, None, None, None] for x in (first, cosines / norms.square()))
-    # ∂f/∂X = Vᵀ(φ∘S)V + the part between V and its complement, X in units of its largest eigenvalue
-    kernel = _divided_differences(values, power)
-    kernel *= first * (turned @ turned.mT) - second * torch.diag_embed(raised)
-    slopes = first * (torch.where(values > 0, values, 1.0).pow(power - 1) * (values > 0))[..., None]
-    whole = draws.whole
+class _Draws:
+    """f and its gradient at random rotations of one layer, at any power.
 
-    def gradient(z: Tensor) -> Tensor:
-        inside = whole.mT @ z
-        seen = vectors @ inside
-        outside = inside - vectors.mT @ seen
-        kept = kernel @ seen + slopes * (turned @ (whole @ outside))
-        beyond = whole.mT @ (turned.mT @ (slopes * seen))
-        beyond = beyond - vectors.mT @ (vectors @ beyond)
-        return whole @ (vectors.mT @ kept + beyond) / top
+    Args:
+        weight: W.
+        values: λ of K, ``[groups, r]``.
+        rotation: The rotations.
+        tolerance: Relative eigenvalue clamp.
+    """
 
-    size = (*own.shape[:2], whole.shape[2], _PROBES)
-    return cosines, _commutator(draws.curvature, gradient, size, probes, whole) / whole.shape[2]
+    def __init__(
+        self, weight: Tensor, values: Tensor, rotation: _Rotation, tolerance: float
+    ) -> None:
+        self._rotation, self._curvature = rotation, values
+        self._tolerance = tolerance
+        self._rows = rotation.rows(values.shape[1])
+        self._own_norm = Factored.gram(weight).thin().squared_norm().sqrt()
+
+    def cosines(self, power: float) -> Tensor:
+        """f of every draw, ``[draws]``."""
+        if power == 1:  # without an eigenproblem
+            own = self._curvature.sqrt()[..., None] * self._rows
+            norms = (own @ own.mT).square().sum((1, 2, 3)).sqrt() * self._own_norm
+            mixed = self._rows @ self._rotation.whole.mT
+            return (self._curvature[..., None] * mixed.square()).sum((1, 2, 3)) / norms
+        raised = self._eigen.values.pow(power)
+        norms = raised.square().sum((1, 2)).sqrt() * self._own_norm
+        return (raised * self._quotients).sum((1, 2)) / norms
+
+    def variances(self, power: float, probes: torch.Generator) -> Tensor:
+        """‖∇f‖²/d_out of every draw, ``[draws]``."""
+        values, vectors, top = self._eigen.values, self._eigen.vectors, self._top
+        turned, whole = self._turned, self._rotation.whole
+        raised = values.pow(power)
+        norms = raised.square().sum((1, 2)).sqrt()
+        first = 1 / (norms * self._own_norm)
+        cosines = first * (raised * self._quotients).sum((1, 2))
+        first, second = (x[:, None, None, None] for x in (first, cosines / norms.square()))
+        # ∂f/∂X = Vᵀ(φ∘S)V + the part between V and its complement, X in units of its largest
+        # eigenvalue
+        kernel = _divided_differences(values, power)
+        kernel *= first * self._turned_gram - second * torch.diag_embed(raised)
+        powers = torch.where(values > 0, values, 1.0).pow(power - 1) * (values > 0)
+        slopes = first * powers[..., None]
+
+        def gradient(z: Tensor) -> Tensor:
+            inside = whole.mT @ z
+            seen = vectors @ inside
+            outside = inside - vectors.mT @ seen
+            kept = kernel @ seen + slopes * (turned @ (whole @ outside))
+            beyond = whole.mT @ (turned.mT @ (slopes * seen))
+            beyond = beyond - vectors.mT @ (vectors @ beyond)
+            return whole @ (vectors.mT @ kept + beyond) / top
+
+        def curvature(z: Tensor) -> Tensor:
+            return self._rotation.curvature(self._curvature, z)
+
+        size = (*values.shape[:2], whole.shape[2], _PROBES)
+        return _commutator(curvature, gradient, size, probes, whole) / whole.shape[2]
+
+    @cached_property
+    def _scaled_eigen(self) -> tuple[Spectrum, Tensor]:
+        """Eigenpairs of every WᵀQKQᵀW, in units of the largest eigenvalue of all."""
+        own = self._curvature.sqrt()[..., None] * self._rows
+        found = gram_spectrum(own.flatten(0, 1), self._tolerance)
+        top = found.values.max()
+        values = found.values.reshape(*own.shape[:2], -1) / top
+        return Spectrum(values, found.vectors.reshape(*own.shape[:2], -1, own.shape[3])), top
+
+    @property
+    def _eigen(self) -> Spectrum:
+        return self._scaled_eigen[0]
+
+    @property
+    def _top(self) -> Tensor:
+        return self._scaled_eigen[1]
+
+    @cached_property
+    def _turned(self) -> Tensor:
+        return self._eigen.vectors @ self._rotation.whole.mT
+
+    @cached_property
+    def _turned_gram(self) -> Tensor:
+        return self._turned @ self._turned.mT
+
+    @cached_property
+    def _quotients(self) -> Tensor:
+        """vᵀWᵀWv of every eigenvector."""
+        return self._turned.square().sum(-1)
 
 
 def _divided_differences(values: Tensor, power: float) -> Tensor:
@@ -241,26 +385,18 @@ def _signs(size: tuple[int, ...], generator: torch.Generator, like: Tensor) -> T
 def _level_at_one(weight: Tensor, values: Tensor, generator: torch.Generator) -> ChanceLevel:
     """Mean and spread at s = 1 without a decomposition: Γ = WWᵀ(c₁ − c₂·QKQᵀ)WWᵀ.
 
-    c₁ = 1/(‖WᵀW‖‖X‖), c₂ = f/‖X‖², X = WᵀQKQᵀW. In place of Haar rotations
-    Q = D₁HD₂HD₃H with random signs D and the Hartley transform H, which mixes as well in many
-    dimensions.
+    c₁ = 1/(‖WᵀW‖‖X‖), c₂ = f/‖X‖², X = WᵀQKQᵀW.
     """
     groups, width, columns = weight.shape
-    rotations = int(max(1, min(_ROTATIONS, _BUDGET // (4 * groups * width * columns**2))))
+    rotations = int(max(1, min(_ROTATIONS, _BUDGET_AT_ONE // (4 * groups * width * columns**2))))
     gram = weight @ weight.mT if width <= columns else None
-    signs = [_signs((rotations, groups, width, 1), generator, weight) for _ in range(3)]
-    spectrum = torch.cat([values, values.new_zeros(groups, width - values.shape[1])], 1)[..., None]
+    rotation = _Mixing(rotations, weight, generator)
 
     def shared(z: Tensor) -> Tensor:
         return gram @ z if gram is not None else weight @ (weight.mT @ z)
 
     def curvature(z: Tensor) -> Tensor:
-        for sign in signs:
-            z = _hartley(sign * z)
-        z = spectrum * z
-        for sign in reversed(signs):
-            z = sign * _hartley(z)
-        return z
+        return rotation.curvature(values, z)
 
     own = weight.mT @ weight
     predicted = weight.mT @ curvature(weight[None])
@@ -285,11 +421,6 @@ def _hartley(z: Tensor) -> Tensor:
     """An orthogonal symmetric transform along the last axis but one, in k·log k operations."""
     waves: Tensor = torch.fft.fft(z, dim=-2, norm="ortho")
     return waves.real - waves.imag
-
-
-def _gram_norm(whole: Tensor) -> Tensor:
-    """‖WᵀW‖_F."""
-    return Factored.gram(whole[0]).thin().squared_norm().sqrt()
 
 
 def _closed_form(weight: Tensor, values: Tensor) -> float:

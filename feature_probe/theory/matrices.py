@@ -20,6 +20,9 @@ from feature_probe.theory.spectra import (
     symmetric_values,
 )
 
+#: Share of ‖W‖² below which ‖W + G/λ‖² is not formed from products that cancel.
+_CANCELLED = 1e-3
+
 
 class LayerMatrices:
     """The matrices of one layer in float64, each computed once and shared by powers and scores.
@@ -44,6 +47,9 @@ class LayerMatrices:
         self._lifted: dict[Sum, Tensor] = {}
         self._roots: dict[Side, PolarRoot] = {}
         self._grams: dict[tuple[Side, bool], Factored] = {}
+        self._products: dict[Sum, tuple[Tensor, Tensor]] = {}
+        self._residuals: dict[tuple[Side, Sum, bool], float] = {}
+        self._inputs: dict[tuple[Side, Sum], tuple[Tensor, Tensor]] = {}
 
     @cached_property
     def _scaled_weight(self) -> tuple[Tensor, int]:
@@ -78,7 +84,7 @@ class LayerMatrices:
     def input_rows(self) -> tuple[Tensor, Frame | None]:
         """W, or rows with the same Gram matrix in coordinates of W's row space, and those."""
         if self._framed and self.weight.shape[1] < self.weight.shape[2]:
-            return framed_rows(self.weight)
+            return framed_rows(self.weight, self._weight_gram)
         return self.weight, None
 
     def gram(self, relation: Relation) -> Factored:
@@ -98,10 +104,9 @@ class LayerMatrices:
         """
         if relation.has_power:
             return self._power(relation, 1.0 if power is None else power)
-        slope, exponent = self.slope(relation.needs)
-        exponent += self._scaled_weight[1]
+        exponent = self.slope(relation.needs)[1] + self._scaled_weight[1]
         if _is_plain_fact(relation):
-            return replace(self._with_gradient(relation.side, -slope), exponent=exponent)
+            return replace(self._fact(relation.side, relation.needs), exponent=exponent)
         root = self._root(relation.side)
         frame = self.input_rows[1] if relation.side == "forward" else None
         lift = None if frame is None else Lift(root.mixing @ self.weight)
@@ -110,17 +115,22 @@ class LayerMatrices:
     def residual(self, relation: Relation) -> float:
         """‖prediction − gram‖_F / ‖gram‖_F with the true λ; NaN unless an equality with λ > 0.
 
-        Never formed as ⟨A,A⟩ − 2⟨A,B⟩ + ⟨B,B⟩, whose floor is about 1e-8: for FACT
-        the difference is Wᵀ(W + G/λ); for the symmetrised forms both sides are small matrices in
-        one orthonormal basis.
+        Not formed as ⟨A,A⟩ − 2⟨A,B⟩ + ⟨B,B⟩, whose floor is about 1e-8: for FACT
+        the difference is Wᵀ(W + G/λ), formed as such where it is small; for the symmetrised forms
+        both sides are small matrices in one orthonormal basis.
         """
         if not relation.is_equality or not self.weight_decay:
             return float("nan")
+        key = (relation.side, relation.needs, _is_plain_fact(relation))
+        if key not in self._residuals:
+            self._residuals[key] = self._residual(relation)
+        return self._residuals[key]
+
+    def _residual(self, relation: Relation) -> float:
         if _is_plain_fact(relation):
-            gap, exponent = self._gap(relation.needs)
-            difference = self._with_gradient(relation.side, gap).squared_norm()
-            gram = replace(self.gram(relation), exponent=0).squared_norm()
-            return _times_power_of_two(float((difference / gram).sqrt()), exponent)
+            difference, exponent = self._difference(relation.side, relation.needs)
+            ratio = float((difference / self._square(relation)).sqrt())
+            return _times_power_of_two(ratio, exponent)
         root = self._root(relation.side)
         small = root.triangle @ root.triangle.mT
         difference, exponent = _added(
@@ -146,9 +156,9 @@ class LayerMatrices:
             raised = (values / values.max()).pow(1.0 if power is None else power)
             cosine = float((raised * quotients).sum() / (raised.norm() * norm))
             return min(1.0, cosine**2)
-        gram = replace(self.gram(relation), exponent=0)
-        entries, square = gram.groups * gram.size**2, float(gram.squared_norm())
-        variance = square - float(gram.total()) ** 2 / entries
+        gram = self.gram(relation)
+        entries, square = gram.groups * gram.size**2, float(self._square(relation))
+        variance = square - float(replace(gram, exponent=0).total()) ** 2 / entries
         if variance <= 1e-13 * square:
             return float("nan")
         return 1 - self.residual(relation) ** 2 * (square / variance)
@@ -163,14 +173,14 @@ class LayerMatrices:
         Returns:
             (a, q, ‖N‖_F), a and q of shape ``[kept]``.
         """
-        spectrum, rows = self.spectrum(relation), self.input_rows[0]
-        if relation.side == "forward":
-            quotients = (spectrum.vectors @ rows.mT).square().sum(-1)
-        else:
-            quotients = (spectrum.vectors @ rows).square().sum(-1)
-        kept = spectrum.values > 0
-        norm = replace(self.gram(relation), exponent=0).squared_norm().sqrt()
-        return spectrum.values[kept], quotients[kept], float(norm)
+        key = (relation.side, relation.needs)
+        if key not in self._inputs:
+            spectrum, rows = self.spectrum(relation), self.input_rows[0]
+            seen = rows.mT if relation.side == "forward" else rows
+            quotients = (spectrum.vectors @ seen).square().sum(-1)
+            kept = spectrum.values > 0
+            self._inputs[key] = spectrum.values[kept], quotients[kept]
+        return *self._inputs[key], float(self._square(relation).sqrt())
 
     def stationarity(self, needs: Sum = "gradient") -> float:
         """‖λW + G‖_F / ‖λW‖_F, or U for G: 0 at rest; NaN if λ = 0 or it was not measured."""
@@ -236,10 +246,22 @@ class LayerMatrices:
     def _gram(self, side: Side, rows: Tensor, frame: Frame | None) -> Factored:
         key = (side, frame is None)
         if key not in self._grams:
-            thin = Factored.gram(rows, frame, 2 * self._scaled_weight[1]).thin()
+            exponent = 2 * self._scaled_weight[1]
+            if side == "backward" and self._weight_gram is not None:
+                thin = replace(self._thin_backward(self._weight_gram), exponent=exponent)
+                self._grams[key] = thin
+                return thin
+            thin = Factored.gram(rows, frame, exponent).thin()
             lift = None if frame is None else Lift(self.weight)
-            self._grams[key] = replace(thin, left_gram=thin.left @ thin.left.mT, lift=lift)
+            known = None if frame is not None else self._weight_gram
+            gram = thin.left @ thin.left.mT if known is None else known
+            self._grams[key] = replace(thin, left_gram=gram, lift=lift)
         return self._grams[key]
+
+    def _square(self, relation: Relation) -> Tensor:
+        """‖N‖² of the Gram matrix, in the units of W as it is scaled here."""
+        gram = self.gram(relation)
+        return replace(gram, exponent=0).squared_norm() if gram.exponent else gram.squared_norm()
 
     def _gap(self, needs: Sum) -> tuple[Tensor, int]:
         """W + G/λ, in units of W's own scale times 2^exponent."""
@@ -253,11 +275,70 @@ class LayerMatrices:
     def _with_gradient(self, side: Side, matrix: Tensor) -> Factored:
         """WᵀM (forward) or W Mᵀ (backward) for a matrix M of the weight's shape."""
         rows = self._side_rows(side)
+        if side == "backward" and self._weight_gram is not None:
+            return self._thin_backward(self.weight @ matrix.mT)
         product = Factored(rows, matrix if side == "forward" else matrix.mT)
         if rows.shape[1] > rows.shape[2]:
             return product.thin()
         gram = self._gram(side, rows, None)
         return replace(product, left=gram.left, left_gram=gram.left_gram)
+
+    def _fact(self, side: Side, needs: Sum) -> Factored:
+        """−WᵀS (forward) or −W Sᵀ (backward) for the slope S; both sides share the products."""
+        slope = self.slope(needs)[0]
+        if self._weight_gram is None:
+            return self._with_gradient(side, -slope)
+        cross, square = self._slope_products(needs)
+        if side == "backward":
+            return self._thin_backward(-cross)
+        gram = self._gram("forward", self.weight, None)
+        return replace(gram, right=-slope, right_gram=square, cross=-cross, exponent=0, lift=None)
+
+    def _difference(self, side: Side, needs: Sum) -> tuple[Tensor, int]:
+        """(‖WᵀD‖², e) or (‖W Dᵀ‖², e) with D·2ᵉ = W + G/λ.
+
+        From the products of W and G, unless they all but cancel.
+        """
+        gram = self._weight_gram
+        if gram is not None:
+            (cross, square), exponents = (
+                self._slope_products(needs),
+                (self._scaled_weight[1], self.slope(needs)[1]),
+            )
+            top = max(exponents)
+            own, other = (2.0 ** max(exponent - top, -1000) for exponent in exponents)
+            across = own * gram + other * cross
+            within = own * across + other * (own * cross.mT + other * square)
+            whole = own**2 * float(gram.diagonal(dim1=1, dim2=2).sum())
+            if float(within.diagonal(dim1=1, dim2=2).sum()) > _CANCELLED * whole:
+                inside = (gram * within).sum() if side == "forward" else across.square().sum()
+                return inside.clamp_min(0.0), top - self._scaled_weight[1]
+        gap, exponent = self._gap(needs)
+        return self._with_gradient(side, gap).squared_norm(), exponent
+
+    def _slope_products(self, needs: Sum) -> tuple[Tensor, Tensor]:
+        """W Sᵀ and S Sᵀ, ``[groups, d_out, d_out]``."""
+        if needs not in self._products:
+            slope = self.slope(needs)[0]
+            self._products[needs] = self.weight @ slope.mT, slope @ slope.mT
+        return self._products[needs]
+
+    @cached_property
+    def _weight_gram(self) -> Tensor | None:
+        """W Wᵀ where it is the smaller Gram matrix."""
+        if self.weight.shape[1] > self.weight.shape[2]:
+            return None
+        return self.weight @ self.weight.mT
+
+    def _thin_backward(self, product: Tensor) -> Factored:
+        """A matrix ``[groups, d_out, d_out]`` as it is."""
+        return Factored(self._identity, product, left_gram=self._identity)
+
+    @cached_property
+    def _identity(self) -> Tensor:
+        groups, width, _ = self.weight.shape
+        identity = torch.eye(width, dtype=self.weight.dtype, device=self.weight.device)
+        return identity.expand(groups, -1, -1)
 
     def _root(self, side: Side) -> PolarRoot:
         if side not in self._roots:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 #: Columns of a block up to which all its entries are ranked.
-MOST_COLUMNS = 447
+MOST_COLUMNS = 199
 #: Most entries ranked: those with i ≤ j of one block of that side.
 MOST_ENTRIES = MOST_COLUMNS * (MOST_COLUMNS + 1) // 2
 #: Entries of a block closer than its largest times 2⁻⁴⁰ differ by rounding: they count as equal.
@@ -36,12 +36,12 @@ class Sample:
 
 
 def entry_sample(groups: int, size: int) -> Sample:
-    """Which entries of ``groups`` blocks of side ``size`` are ranked: at most 100,128.
+    """Which entries of ``groups`` blocks of side ``size`` are ranked: at most 19,900.
 
-    All of them where they are no more. Otherwise the principal submatrix of 447 indices, drawn at
-    random, of a block with more columns than that (the diagonal then weighs 2/448 of the entries
-    instead of 2/(d + 1)), and of the blocks as many, drawn at random, as fit. The draws are those
-    of a generator of their own with a fixed seed: one layer has one sample, always.
+    All of them where they are no more. Otherwise the principal submatrix of 199 indices, drawn at
+    random, of a block with more columns than that (the diagonal then weighs 2/200 of the entries
+    instead of 2/(d + 1)), and of the blocks as many, drawn at random, as fit: good to 0.01. The
+    draws are those of a generator of their own with a fixed seed: one layer has one sample, always.
     """
     generator = np.random.default_rng(_SEED)
     columns = _drawn(size, min(size, MOST_COLUMNS), generator)
