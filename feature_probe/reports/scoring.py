@@ -90,7 +90,8 @@ def score_layer(
     def levels(basis: Basis, needs: Sum) -> ChanceLevels:
         seen = matrices(basis)
         values = seen.curvature_values(needs)
-        return ChanceLevels(seen.input_rows[0], values, statistics.tolerance)
+        rows, gram = seen.input_rows[0], seen.weight_gram
+        return ChanceLevels(rows, values, statistics.tolerance, gram=gram)
 
     @cache
     def fit(relation: Relation) -> Fit:

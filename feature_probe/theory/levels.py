@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from feature_probe.theory.factored import Factored, moderate
+from feature_probe.theory.factored import moderate
 from feature_probe.theory.spectra import Spectrum, gram_spectrum
 
 Apply = Callable[[Tensor], Tensor]
@@ -72,10 +72,20 @@ class ChanceLevels:
         values: Kept eigenvalues of K or E, ``[groups, r]``, 0 where dropped.
         tolerance: Relative eigenvalue clamp.
         seed: Seed of the draws, so that a report can be repeated.
+        gram: WWᵀ ``[groups, d_out, d_out]``, where it is known.
     """
 
-    def __init__(self, weight: Tensor, values: Tensor, tolerance: float, *, seed: int = 0) -> None:
-        self._weight, self._values = moderate(weight)[0], moderate(values)[0]
+    def __init__(
+        self,
+        weight: Tensor,
+        values: Tensor,
+        tolerance: float,
+        *,
+        seed: int = 0,
+        gram: Tensor | None = None,
+    ) -> None:
+        (self._weight, exponent), self._values = moderate(weight), moderate(values)[0]
+        self._given_gram = None if exponent else gram
         self._tolerance, self._seed = tolerance, seed
         self._levels: dict[float, ChanceLevel] = {}
         groups, self._width, _ = weight.shape
@@ -100,7 +110,7 @@ class ChanceLevels:
         if self._width == 1:
             return ChanceLevel(1.0, 0.0, 0.0)
         if self._has_closed_form(power):
-            return _level_at_one(self._weight, self._values, self._generator(1))
+            return _level_at_one(self._weight, self._values, self._gram, self._generator(1))
         cosines = self._drawn.cosines(power)
         if len(cosines) < _FEWEST:
             variances = self._drawn.variances(power, self._generator(1))
@@ -126,7 +136,15 @@ class ChanceLevels:
             rotation = _Mixing(self._number, self._weight, generator)
         else:
             rotation = _Haar(self._number, self._weight, self._values.shape[1], generator)
-        return _Draws(self._weight, self._values, rotation, self._tolerance)
+        return _Draws(self._values, rotation, self._gram.norm(), self._tolerance)
+
+    @cached_property
+    def _gram(self) -> Tensor:
+        """WWᵀ, or WᵀW where it is smaller."""
+        if self._given_gram is not None:
+            return self._given_gram
+        weight = self._weight
+        return weight @ weight.mT if self._width <= weight.shape[2] else weight.mT @ weight
 
     def _generator(self, stream: int) -> torch.Generator:
         seed = 2 * self._seed + stream
@@ -271,19 +289,18 @@ class _Draws:
     """f and its gradient at random rotations of one layer, at any power.
 
     Args:
-        weight: W.
         values: λ of K, ``[groups, r]``.
-        rotation: The rotations.
+        rotation: The rotations, and W.
+        own_norm: ‖WᵀW‖_F.
         tolerance: Relative eigenvalue clamp.
     """
 
     def __init__(
-        self, weight: Tensor, values: Tensor, rotation: _Rotation, tolerance: float
+        self, values: Tensor, rotation: _Rotation, own_norm: Tensor, tolerance: float
     ) -> None:
         self._rotation, self._curvature = rotation, values
-        self._tolerance = tolerance
+        self._own_norm, self._tolerance = own_norm, tolerance
         self._rows = rotation.rows(values.shape[1])
-        self._own_norm = Factored.gram(weight).thin().squared_norm().sqrt()
 
     def cosines(self, power: float) -> Tensor:
         """f of every draw, ``[draws]``."""
@@ -382,27 +399,32 @@ def _signs(size: tuple[int, ...], generator: torch.Generator, like: Tensor) -> T
     return bits.to(like.dtype) * 2 - 1
 
 
-def _level_at_one(weight: Tensor, values: Tensor, generator: torch.Generator) -> ChanceLevel:
+def _level_at_one(
+    weight: Tensor, values: Tensor, gram: Tensor, generator: torch.Generator
+) -> ChanceLevel:
     """Mean and spread at s = 1 without a decomposition: Γ = WWᵀ(c₁ − c₂·QKQᵀ)WWᵀ.
 
     c₁ = 1/(‖WᵀW‖‖X‖), c₂ = f/‖X‖², X = WᵀQKQᵀW.
     """
     groups, width, columns = weight.shape
-    rotations = int(max(1, min(_ROTATIONS, _BUDGET_AT_ONE // (4 * groups * width * columns**2))))
-    gram = weight @ weight.mT if width <= columns else None
+    count = values.shape[1]
+    operations = 2 * groups * count * columns * (count + width)
+    rotations = int(max(1, min(_ROTATIONS, _BUDGET_AT_ONE // operations)))
     rotation = _Mixing(rotations, weight, generator)
 
     def shared(z: Tensor) -> Tensor:
-        return gram @ z if gram is not None else weight @ (weight.mT @ z)
+        return gram @ z if width <= columns else weight @ (weight.mT @ z)
 
     def curvature(z: Tensor) -> Tensor:
         return rotation.curvature(values, z)
 
-    own = weight.mT @ weight
-    predicted = weight.mT @ curvature(weight[None])
-    norms = predicted.square().sum((1, 2, 3), keepdim=True).sqrt()
-    first = 1 / (norms * own.norm())
-    second = first * (own * predicted).sum((1, 2, 3), keepdim=True) / norms.square()
+    rows = rotation.rows(count)
+    own = values.sqrt()[..., None] * rows
+    norms = (own @ own.mT).square().sum((1, 2, 3), keepdim=True).sqrt()
+    mixed = (rows @ weight.mT).square()
+    products = (values[..., None] * mixed).sum((1, 2, 3), keepdim=True)
+    first = 1 / (norms * gram.norm())
+    second = first * products / norms.square()
 
     def gradient(z: Tensor) -> Tensor:
         inner = shared(z)
@@ -411,22 +433,22 @@ def _level_at_one(weight: Tensor, values: Tensor, generator: torch.Generator) ->
     size = (rotations, groups, width, _PROBES)
     squares = _commutator(curvature, gradient, size, generator, weight)
     spread = math.sqrt(float(squares.mean()) / width)
-    drawn = float((first * (own * predicted).sum((1, 2, 3), keepdim=True)).mean())
-    closed = _closed_form(weight, values)
+    drawn = float((first * products).mean())
+    closed = _closed_form(width, gram, values)
     is_elsewhere = abs(drawn - closed) > _APART * spread / math.sqrt(rotations)
     return _estimated(drawn if is_elsewhere else closed, spread)
 
 
 def _hartley(z: Tensor) -> Tensor:
     """An orthogonal symmetric transform along the last axis but one, in k·log k operations."""
-    waves: Tensor = torch.fft.fft(z, dim=-2, norm="ortho")
-    return waves.real - waves.imag
+    size = z.shape[-2]
+    waves: Tensor = torch.fft.rfft(z, dim=-2, norm="ortho")
+    mirrored = (waves.real + waves.imag)[..., 1 : (size + 1) // 2, :].flip(-2)
+    return torch.cat([waves.real - waves.imag, mirrored], dim=-2)
 
 
-def _closed_form(weight: Tensor, values: Tensor) -> float:
+def _closed_form(k: int, gram: Tensor, values: Tensor) -> float:
     """ρ ≈ (tr K/k) tr L² / √(tr L² · [a tr L² + b(tr L² + (tr L)²)]), L = WWᵀ, blocks added."""
-    k = weight.shape[1]
-    gram = weight @ weight.mT if k <= weight.shape[2] else weight.mT @ weight
     trace_l2 = gram.square().sum((-1, -2))
     trace_l = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     trace_k, trace_k2 = values.sum(-1), values.square().sum(-1)

@@ -84,7 +84,7 @@ class LayerMatrices:
     def input_rows(self) -> tuple[Tensor, Frame | None]:
         """W, or rows with the same Gram matrix in coordinates of W's row space, and those."""
         if self._framed and self.weight.shape[1] < self.weight.shape[2]:
-            return framed_rows(self.weight, self._weight_gram)
+            return framed_rows(self.weight, self.weight_gram)
         return self.weight, None
 
     def gram(self, relation: Relation) -> Factored:
@@ -247,13 +247,13 @@ class LayerMatrices:
         key = (side, frame is None)
         if key not in self._grams:
             exponent = 2 * self._scaled_weight[1]
-            if side == "backward" and self._weight_gram is not None:
-                thin = replace(self._thin_backward(self._weight_gram), exponent=exponent)
+            if side == "backward" and self.weight_gram is not None:
+                thin = replace(self._thin_backward(self.weight_gram), exponent=exponent)
                 self._grams[key] = thin
                 return thin
             thin = Factored.gram(rows, frame, exponent).thin()
             lift = None if frame is None else Lift(self.weight)
-            known = None if frame is not None else self._weight_gram
+            known = None if frame is not None else self.weight_gram
             gram = thin.left @ thin.left.mT if known is None else known
             self._grams[key] = replace(thin, left_gram=gram, lift=lift)
         return self._grams[key]
@@ -275,7 +275,7 @@ class LayerMatrices:
     def _with_gradient(self, side: Side, matrix: Tensor) -> Factored:
         """WᵀM (forward) or W Mᵀ (backward) for a matrix M of the weight's shape."""
         rows = self._side_rows(side)
-        if side == "backward" and self._weight_gram is not None:
+        if side == "backward" and self.weight_gram is not None:
             return self._thin_backward(self.weight @ matrix.mT)
         product = Factored(rows, matrix if side == "forward" else matrix.mT)
         if rows.shape[1] > rows.shape[2]:
@@ -286,7 +286,7 @@ class LayerMatrices:
     def _fact(self, side: Side, needs: Sum) -> Factored:
         """−WᵀS (forward) or −W Sᵀ (backward) for the slope S; both sides share the products."""
         slope = self.slope(needs)[0]
-        if self._weight_gram is None:
+        if self.weight_gram is None:
             return self._with_gradient(side, -slope)
         cross, square = self._slope_products(needs)
         if side == "backward":
@@ -299,12 +299,10 @@ class LayerMatrices:
 
         From the products of W and G, unless they all but cancel.
         """
-        gram = self._weight_gram
+        gram = self.weight_gram
         if gram is not None:
-            (cross, square), exponents = (
-                self._slope_products(needs),
-                (self._scaled_weight[1], self.slope(needs)[1]),
-            )
+            cross, square = self._slope_products(needs)
+            exponents = self._scaled_weight[1], self.slope(needs)[1]
             top = max(exponents)
             own, other = (2.0 ** max(exponent - top, -1000) for exponent in exponents)
             across = own * gram + other * cross
@@ -324,8 +322,8 @@ class LayerMatrices:
         return self._products[needs]
 
     @cached_property
-    def _weight_gram(self) -> Tensor | None:
-        """W Wᵀ where it is the smaller Gram matrix."""
+    def weight_gram(self) -> Tensor | None:
+        """W Wᵀ ``[groups, d_out, d_out]`` where it is the smaller Gram matrix, else None."""
         if self.weight.shape[1] > self.weight.shape[2]:
             return None
         return self.weight @ self.weight.mT
