@@ -145,6 +145,28 @@ def test_steps_that_do_not_report_do_not_synchronise() -> None:
     assert probe.report.settings["window"] == 6
 
 
+def test_a_budget_is_measured_in_the_devices_time() -> None:
+    """Steps that the host hands over ahead of time take as long as the device works on them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(2048, 2048) for _ in range(8)]).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    x = torch.randn(4096, 2048, device="cuda")
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with FeatureProbe(model, optimizer=optimizer, relations="fact", strict=True) as probe:
+        for step in range(40):
+            if step == 5:
+                start.record()
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+            if step == 15:
+                end.record()
+    torch.cuda.synchronize()
+    plain = start.elapsed_time(end) / 1e3 / 11
+    assert probe.cost.plain_seconds == pytest.approx(plain, rel=0.3)
+    assert probe.cost.reports == 2
+
+
 def test_an_initial_network_in_main_memory_visits_the_device() -> None:
     """K̄ is the same as with one that stays there, and nothing of it stays between the passes."""
     found = []

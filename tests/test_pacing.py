@@ -21,6 +21,7 @@ from feature_probe import ConfigurationError, FeatureProbe
 from feature_probe.pacing.budget import nice
 from feature_probe.pacing.cost import Cost
 from feature_probe.pacing.pace import Pace
+from feature_probe.pacing.timers import HostTimer
 from feature_probe.reports.report import Report
 
 CPU = torch.device("cpu")
@@ -330,6 +331,28 @@ def test_a_state_of_a_fixed_schedule_begins_anew(clock: Clock) -> None:
     with older.probe:
         older.run(60)
     assert older.steps == [119]
+
+
+class Sometimes(HostTimer):
+    """Has no time for the first 30 marks, like a device whose work is being captured."""
+
+    def __init__(self) -> None:
+        self.marks = 0
+
+    def mark(self) -> Any:
+        """None at first."""
+        self.marks += 1
+        return None if self.marks <= 30 else super().mark()
+
+
+def test_a_time_that_is_not_known_is_no_fault(clock: Clock) -> None:
+    """Steps and reports without a mark are not measured; what follows is."""
+    loop = paced(clock, every=10)
+    loop.pace._meter._timer = Sometimes()
+    loop.run(102)
+    assert loop.pace.cost.plain_seconds == pytest.approx(0.01)
+    assert loop.pace.cost.report_seconds == pytest.approx(1.0)
+    assert loop.pace.cost.reports == 8
 
 
 def test_cost_before_anything_is_known() -> None:

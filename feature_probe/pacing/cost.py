@@ -122,6 +122,9 @@ class CostMeter:
             alone: Whether nothing else was done in it, such as the self-test's work.
         """
         mark, around = self._timer.mark(), self._around
+        if mark is None or (around is not None and None in around):
+            self._forget()
+            return
         if self._last is not None and alone:
             kind = self._followed if followed else self._plain
             if around is None:

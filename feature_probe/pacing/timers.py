@@ -16,7 +16,7 @@ class Timer(Protocol):
     """Makes marks and tells the seconds between them."""
 
     def mark(self) -> Any:
-        """Now, in the order of the work given to the device. Waits for nothing."""
+        """Now, in the order of the work given to the device; None where that has no time."""
 
     def seconds(self, start: Any, end: Any) -> float:
         """From one mark to a later one; may wait until the device has come to ``end``."""
@@ -41,8 +41,10 @@ class CudaTimer:
         """Remember the device."""
         self._device = device
 
-    def mark(self) -> torch.cuda.Event:
-        """An event that is recorded when the device comes to it."""
+    def mark(self) -> torch.cuda.Event | None:
+        """An event that is recorded when the device comes to it; None in a graph's capture."""
+        if torch.cuda.is_current_stream_capturing():
+            return None
         with torch.cuda.device(self._device):
             event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
