@@ -19,7 +19,7 @@ from feature_probe.pacing.budget import nice
 from feature_probe.pacing.pace import DEFAULT_BUDGET
 from feature_probe.reports.scoring import LayerFacts, score_layer
 from feature_probe.sums.jacobian import JacobianSettings
-from feature_probe.sums.moments import sum_dtype
+from feature_probe.sums.outer import KEPT, sum_dtype
 from feature_probe.sums.trajectory import RING
 from feature_probe.theory.relations import (
     LayerStatistics,
@@ -166,8 +166,9 @@ def estimate_cost(
     )
     settings = JacobianSettings(jacobian, num_probes)
     rows, products, seconds = _run(model, targets, sample, settings, output)
+    passes = None if jackknife is not None else window
     layers = tuple(
-        _layer(target, count, needs, products, max_dim, copies)
+        _layer(target, count, needs, products, max_dim, copies, passes)
         for target, count in zip(targets, rows, strict=True)
     )
     forward = sum(entry.forward_flops for entry in layers)
@@ -196,10 +197,17 @@ def estimate_cost(
 
 
 def _layer(
-    target: Target, rows: int, needs: frozenset[Sum], products: int, max_dim: int, copies: int
+    target: Target,
+    rows: int,
+    needs: frozenset[Sum],
+    products: int,
+    max_dim: int,
+    copies: int,
+    passes: int | None,
 ) -> LayerEstimate:
+    """One layer's share; ``passes`` go into a window, None: it is not known how many."""
     kinds = needs & {"jacobian", "loss", "jacobian_change"}
-    grams = len(kinds) if target.d_out <= max_dim else 0
+    grams = kinds if target.d_out <= max_dim else frozenset()
     weight = target.groups * target.d_out * target.d_in
     square = target.groups * target.d_out**2
     dtypes = [p.dtype for p in target.module.parameters() if p.is_floating_point()]
@@ -209,13 +217,18 @@ def _layer(
         path += weight * size * (1 + ("update" in needs))
     else:
         path = 0
+    held = 0
+    for kind in grams:
+        kept = None if passes is None else passes * rows * (1 if kind == "loss" else products)
+        few = kept is not None and kept <= KEPT * target.d_out
+        held += target.groups * target.d_out * kept if kept is not None and few else square
     repeats = products * len(kinds - {"loss"}) + ("loss" in needs)
     return LayerEstimate(
         layer=target.name,
         rows=rows,
         initial_bytes=weight * size * copies,
         path_bytes=path,
-        sum_bytes=size * (grams * square + weight * ("gradient" in needs)),
+        sum_bytes=size * (held + weight * ("gradient" in needs)),
         forward_flops=2.0 * rows * weight,
         gram_flops=2.0 * rows * square * repeats if grams else 0.0,
     )

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from feature_probe.sums.moments import Moments, add_gram_, reduced_precision, sum_dtype
+from feature_probe.sums.moments import Moments
+from feature_probe.sums.outer import add_gram_, reduced_precision, sum_dtype
 
 KINDS = ("jacobian", "loss")
 
@@ -332,3 +333,76 @@ def test_nbytes(dtype: torch.dtype, size: int) -> None:
     assert moments.nbytes() == (30 + 2 * 9) * size
     moments.add_outer("loss", rows_of(7, 2, 3, dtype))
     assert moments.nbytes() == (30 + 2 * 2 * 9) * size
+
+
+def few(*counts: int, width: int = 64, groups: int = 2) -> list[Tensor]:
+    """Rows ``[count, groups, width]``, in float64."""
+    generator = torch.Generator().manual_seed(len(counts))
+    shape = (groups, width)
+    return [
+        torch.randn((count, *shape), generator=generator, dtype=torch.float64) for count in counts
+    ]
+
+
+def outer(rows: list[Tensor]) -> Tensor:
+    """Σ r rᵀ per group, row by row."""
+    return sum(torch.einsum("gi,gj->gij", row, row) for block in rows for row in block)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("counts", [(16,), (4, 4, 8), (17,), (4, 8, 5), (8, 8, 1, 30)])
+def test_few_rows_are_kept_as_they_are(counts: tuple[int, ...]) -> None:
+    """Up to d/4 rows take their own bytes, more take those of the sum; the sum is the same."""
+    rows = few(*counts)
+    moments, parts = Moments(), [Moments() for _ in counts]
+    for block, part in zip(rows, parts, strict=True):
+        moments.add_outer("loss", block, 0.5)
+        part.add_outer("loss", block, 0.5)
+    kept = sum(counts) <= 16
+    size = 8 * 2 * (64 * sum(counts) if kept else 64 * 64)
+    assert moments.nbytes() == size
+    merged = Moments()
+    for part in parts:
+        merged.merge(part)
+    assert merged.nbytes() == size
+    for found in (moments, merged):
+        torch.testing.assert_close(found.loss, 0.25 * outer(rows), rtol=1e-12, atol=1e-12)
+        assert found.nbytes() == 8 * 2 * 64 * 64
+        assert found.jacobian is None
+
+
+def test_kept_rows_are_copies_and_are_scaled_like_their_sum() -> None:
+    """What was given may change afterwards; a factor acts on rows and on sums alike."""
+    (rows,) = few(6)
+    expected = 3 * outer([rows])
+    for factor in (3.0, torch.tensor(3.0)):
+        moments, given = Moments(), rows.clone()
+        moments.add_outer("jacobian", given)
+        given.zero_()
+        moments.scale_outer(factor, "jacobian")
+        moments.scale_outer(100.0, "loss")
+        torch.testing.assert_close(moments.jacobian, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_kept_rows_of_a_step_that_may_be_skipped(taken: bool) -> None:
+    """Masked rows are zeros whatever they held, NaN included."""
+    (rows,) = few(6)
+    moments = Moments()
+    moments.add_outer("loss", rows if taken else rows * float("nan"))
+    masked = moments.masked(torch.tensor(taken))
+    torch.testing.assert_close(masked.loss, outer([rows]) * taken, rtol=1e-12, atol=1e-12)
+
+
+def test_a_state_keeps_kept_rows() -> None:
+    """Bit for bit what it would have been without stopping, and independent of the original."""
+    one, two = few(6, 6)
+    whole, stopped = Moments(), Moments()
+    for moments in (whole, stopped):
+        moments.add_outer("loss", one)
+    resumed = Moments.from_state(stopped.state_dict()).map(torch.clone)
+    assert resumed.nbytes() == stopped.nbytes() == 8 * 2 * 64 * 6
+    for moments in (whole, resumed):
+        moments.add_outer("loss", two)
+    assert resumed.loss is not None
+    assert torch.equal(resumed.loss, whole.loss)
+    torch.testing.assert_close(stopped.loss, outer([one]), rtol=1e-12, atol=1e-12)

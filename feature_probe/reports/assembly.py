@@ -30,8 +30,8 @@ from feature_probe.reports.scoring import (
 )
 from feature_probe.reports.structuring import Structuring
 from feature_probe.sums.initial import InitialWeights
-from feature_probe.sums.moments import sum_dtype
 from feature_probe.sums.observer import Observer
+from feature_probe.sums.outer import sum_dtype
 from feature_probe.sums.window import Window
 from feature_probe.theory.relations import Basis, LayerStatistics, Relation, Sum, clamp_tolerance
 

@@ -367,9 +367,7 @@ def _weigh(part: Window, examples: int, behind: int) -> None:
     """Let sums over ``behind`` examples count as if over others, by whose number means divide."""
     if behind and behind != examples:
         for moments in part.layers:
-            for total in (moments.jacobian, moments.loss, moments.jacobian_change):
-                if total is not None:
-                    total.mul_(examples / behind)
+            moments.scale_outer(examples / behind)
     part.examples = 0
 
 

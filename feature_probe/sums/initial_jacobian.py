@@ -11,7 +11,7 @@ from torch import Tensor
 from feature_probe.capture.passes import InitialPass, in_order
 from feature_probe.capture.selection import select_output
 from feature_probe.sums.jacobian import vector_jacobian_products
-from feature_probe.sums.moments import sum_dtype
+from feature_probe.sums.outer import sum_dtype
 
 _NOT_RUN = "the network as it was before training was not run on the same inputs"
 _NOT_CALLED = "the network as it was before training did not use the layer as often"

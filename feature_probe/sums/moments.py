@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from feature_probe.sums.outer import OuterSum, sum_dtype
+
 Outer = Literal["jacobian", "loss", "jacobian_change"]
-#: Rows that are cast at once, so that the float32 copy of low-precision rows stays bounded.
-_CHUNK = 16384
+_OUTER: tuple[Outer, ...] = ("jacobian", "loss", "jacobian_change")
 
 
-@dataclass
 class Moments:
     """Sums (not means) of one layer over everything added since they were empty.
+
+    Args:
+        gradient: See below, like the others.
+        gradient_weight: Likewise.
+        jacobian: Likewise.
+        loss: Likewise.
+        jacobian_rows: Likewise.
+        loss_rows: Likewise.
+        jacobian_change: Likewise.
 
     Attributes:
         gradient: Σ w·G over what was added, w its weight. G is the gradient of the loss as it
@@ -23,23 +32,56 @@ class Moments:
             weight or in the reading of it. In the layout of the parameter where it is the
             parameter's gradient, ``[groups, d_out, d_in]`` where it is formed as gᵀh.
         gradient_weight: Σ w.
-        jacobian: Σ JᵀJ over examples and positions, ``[groups, d_out, d_out]``.
-        loss: Σ g gᵀ over examples and positions, ``[groups, d_out, d_out]``.
         jacobian_rows: Examples × positions × calls of the forward passes behind ``jacobian``.
         loss_rows: The same for the gradients that arrived.
-        jacobian_change: Σ (J − J⁰)ᵀ(J − J⁰) of the same passes, J⁰ of the network as it was.
 
     All are float32, or float64 for float64 data, whatever the activations' type. An empty sum is
     None, which is not the same as a sum of zeros: nothing was ever added.
     """
 
-    gradient: Tensor | None = None
-    gradient_weight: float = 0.0
-    jacobian: Tensor | None = None
-    loss: Tensor | None = None
-    jacobian_rows: int = 0
-    loss_rows: int = 0
-    jacobian_change: Tensor | None = None
+    def __init__(
+        self,
+        gradient: Tensor | None = None,
+        gradient_weight: float = 0.0,
+        jacobian: Tensor | None = None,
+        loss: Tensor | None = None,
+        jacobian_rows: int = 0,
+        loss_rows: int = 0,
+        jacobian_change: Tensor | None = None,
+    ) -> None:
+        self.gradient = gradient
+        self.gradient_weight = gradient_weight
+        self.jacobian_rows = jacobian_rows
+        self.loss_rows = loss_rows
+        self._outer: dict[Outer, OuterSum] = {}
+        self.jacobian, self.loss, self.jacobian_change = jacobian, loss, jacobian_change
+
+    @property
+    def jacobian(self) -> Tensor | None:
+        """Σ JᵀJ over examples and positions, ``[groups, d_out, d_out]``."""
+        return self._formed("jacobian")
+
+    @jacobian.setter
+    def jacobian(self, total: Tensor | None) -> None:
+        self._set("jacobian", total)
+
+    @property
+    def loss(self) -> Tensor | None:
+        """Σ g gᵀ over examples and positions, ``[groups, d_out, d_out]``."""
+        return self._formed("loss")
+
+    @loss.setter
+    def loss(self, total: Tensor | None) -> None:
+        self._set("loss", total)
+
+    @property
+    def jacobian_change(self) -> Tensor | None:
+        """Σ (J − J⁰)ᵀ(J − J⁰) of the same passes, J⁰ of the network as it was."""
+        return self._formed("jacobian_change")
+
+    @jacobian_change.setter
+    def jacobian_change(self, total: Tensor | None) -> None:
+        self._set("jacobian_change", total)
 
     @property
     def rows(self) -> int:
@@ -68,15 +110,15 @@ class Moments:
         Args:
             kind: Which sum.
             rows: ``[rows, groups, d_out]``, any floating dtype.
-            scale: Factor on every row, applied before the product so that small gradients in
-                float32 do not underflow when squared.
+            scale: Factor on every row.
         """
-        total: Tensor | None = getattr(self, kind)
-        if total is None:
-            shape = (rows.shape[1], rows.shape[2], rows.shape[2])
-            total = torch.zeros(shape, dtype=sum_dtype(rows.dtype), device=rows.device)
-        add_gram_(total, rows.detach(), scale)
-        setattr(self, kind, total)
+        self._outer.setdefault(kind, OuterSum()).add(rows, scale)
+
+    def scale_outer(self, factor: float | Tensor, *kinds: Outer) -> None:
+        """Multiply these sums, all of them if none is named, by ``factor``."""
+        for kind in kinds or _OUTER:
+            if kind in self._outer:
+                self._outer[kind].scale(factor)
 
     def merge(self, other: Moments) -> None:
         """Add another layer's sums, taking its tensors over where there are none yet.
@@ -85,23 +127,25 @@ class Moments:
         """
         self.gradient = _added(self.gradient, other.gradient)
         self.gradient_weight += other.gradient_weight
-        self.jacobian = _added(self.jacobian, other.jacobian)
-        self.loss = _added(self.loss, other.loss)
-        self.jacobian_change = _added(self.jacobian_change, other.jacobian_change)
+        for kind, total in other._outer.items():
+            if kind in self._outer:
+                self._outer[kind].merge(total)
+            else:
+                self._outer[kind] = total
         self.jacobian_rows += other.jacobian_rows
         self.loss_rows += other.loss_rows
 
     def without(self, other: Moments) -> Moments:
         """The sums less those of a part of them, in tensors of their own."""
-        return Moments(
+        rest = Moments(
             gradient=_less(self.gradient, other.gradient),
             gradient_weight=self.gradient_weight - other.gradient_weight,
-            jacobian=_less(self.jacobian, other.jacobian),
-            loss=_less(self.loss, other.loss),
             jacobian_rows=self.jacobian_rows - other.jacobian_rows,
             loss_rows=self.loss_rows - other.loss_rows,
-            jacobian_change=_less(self.jacobian_change, other.jacobian_change),
         )
+        for kind in _OUTER:
+            rest._set(kind, _less(self._formed(kind), other._formed(kind)))
+        return rest
 
     def take_counts(self) -> Moments:
         """The counts alone, which are zero here afterwards."""
@@ -115,64 +159,57 @@ class Moments:
 
     def masked(self, taken: Tensor) -> Moments:
         """The sums where ``taken`` (0-dim, boolean), zeros elsewhere, whatever they held."""
+        return self.map(lambda total: torch.where(taken, total, torch.zeros_like(total)))
 
-        def mask(total: Tensor | None) -> Tensor | None:
-            return None if total is None else torch.where(taken, total, torch.zeros_like(total))
-
-        return Moments(
-            gradient=mask(self.gradient),
+    def map(self, change: Callable[[Tensor], Tensor]) -> Moments:
+        """The same sums with every tensor changed."""
+        mapped = Moments(
+            gradient=None if self.gradient is None else change(self.gradient.detach()),
             gradient_weight=self.gradient_weight,
-            jacobian=mask(self.jacobian),
-            loss=mask(self.loss),
             jacobian_rows=self.jacobian_rows,
             loss_rows=self.loss_rows,
-            jacobian_change=mask(self.jacobian_change),
         )
+        mapped._outer = {kind: total.map(change) for kind, total in self._outer.items()}
+        return mapped
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data and the tensors themselves."""
+        return {
+            "gradient": self.gradient,
+            "gradient_weight": self.gradient_weight,
+            "jacobian_rows": self.jacobian_rows,
+            "loss_rows": self.loss_rows,
+            "outer": {
+                kind: {"matrix": total.known, "rows": list(total.kept)}
+                for kind, total in self._outer.items()
+            },
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Moments:
+        """The way back from :meth:`state_dict`; the tensors are shared."""
+        counts = {name: value for name, value in state.items() if name != "outer"}
+        moments = cls(**counts)
+        moments._outer = {
+            kind: OuterSum(held["matrix"], held["rows"])
+            for kind, held in state.get("outer", {}).items()
+        }
+        return moments
 
     def nbytes(self) -> int:
         """Bytes held by the sums."""
-        held = (self.gradient, self.jacobian, self.loss, self.jacobian_change)
-        return sum(t.numel() * t.element_size() for t in held if t is not None)
+        gradient = self.gradient
+        own = 0 if gradient is None else gradient.numel() * gradient.element_size()
+        return own + sum(total.nbytes() for total in self._outer.values())
 
+    def _formed(self, kind: Outer) -> Tensor | None:
+        total = self._outer.get(kind)
+        return None if total is None else total.form()
 
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are held in: float64 for float64 data, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def add_gram_(total: Tensor, rows: Tensor, scale: float = 1.0) -> None:
-    """``total += scale²·RᵀR`` per group, in the precision of ``total`` or better.
-
-    Where the user allowed reduced-precision float32 products (TF32, bf16 passes), the product is
-    formed in float64 instead: their switches are global and are not ours to turn.
-
-    Args:
-        total: ``[groups, d, d]``, float32 or float64, changed in place.
-        rows: R, ``[rows, groups, d]``, any floating dtype.
-        scale: Factor on every row.
-    """
-    exact = total.dtype == torch.float64 or not reduced_precision(total.device)
-    dtype = total.dtype if exact else torch.float64
-    with torch.no_grad(), torch.autocast(total.device.type, enabled=False):
-        for start in range(0, len(rows), _CHUNK):
-            block = rows[start : start + _CHUNK].to(dtype)
-            block = (block * scale if scale != 1.0 else block).transpose(0, 1)
-            if not exact:
-                total.add_(block.mT @ block)
-            elif total.shape[0] == 1:
-                total[0].addmm_(block[0].mT, block[0])
-            else:
-                total.baddbmm_(block.mT, block)
-
-
-def reduced_precision(device: torch.device) -> bool:
-    """Whether the user's settings allow float32 matrix products below float32 precision."""
-    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    matmul = getattr(backend, "matmul", None)
-    setting: str | None = getattr(matmul, "fp32_precision", None)
-    if setting is None:  # before torch 2.9
-        return torch.get_float32_matmul_precision() != "highest"
-    return setting not in ("none", "ieee")
+    def _set(self, kind: Outer, total: Tensor | None) -> None:
+        self._outer.pop(kind, None)
+        if total is not None:
+            self._outer[kind] = OuterSum(total)
 
 
 def _less(a: Tensor | None, b: Tensor | None) -> Tensor | None:

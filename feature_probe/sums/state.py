@@ -7,12 +7,11 @@ reads them. Pure functions: nothing here knows the probe.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from operator import methodcaller
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
 
 from feature_probe.errors import ConfigurationError
 from feature_probe.sums.moments import Moments
@@ -54,7 +53,7 @@ class NamedWindow:
             names: The layers' names by index.
         """
         return cls(
-            layers={names[i]: _map(m, torch.clone) for i, m in enumerate(window.layers)},
+            layers={names[i]: m.map(torch.clone) for i, m in enumerate(window.layers)},
             problems={(names[i], needs): why for (i, needs), why in window.problems.items()},
             **{name: getattr(window, name) for name in _COUNTS},
         )
@@ -74,7 +73,7 @@ class NamedWindow:
         for index, name in enumerate(names):
             moments = self.layers.pop(name, None)
             if moments is not None:
-                window.layer(index).merge(_map(moments, methodcaller("to", device(index))))
+                window.layer(index).merge(moments.map(methodcaller("to", device(index))))
             for needs in get_args(Sum):
                 why = self.problems.pop((name, needs), None)
                 if why is not None:
@@ -86,7 +85,7 @@ class NamedWindow:
     def state_dict(self) -> dict[str, Any]:
         """Plain data; the tensors are not copied."""
         return {
-            "layers": {name: _plain(moments) for name, moments in self.layers.items()},
+            "layers": {name: moments.state_dict() for name, moments in self.layers.items()},
             "problems": [[name, needs, why] for (name, needs), why in self.problems.items()],
             **{name: getattr(self, name) for name in _COUNTS},
         }
@@ -95,7 +94,8 @@ class NamedWindow:
     def from_state(cls, state: Mapping[str, Any]) -> NamedWindow:
         """The way back from :meth:`state_dict`; the tensors are copied, the state may be reused."""
         layers = {
-            name: _map(Moments(**kept), torch.clone) for name, kept in state["layers"].items()
+            name: Moments.from_state(kept).map(torch.clone)
+            for name, kept in state["layers"].items()
         }
         problems = {(name, needs): why for name, needs, why in state["problems"]}
         counts = {name: state[name] for name in _COUNTS}
@@ -159,17 +159,3 @@ def _layer_differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> lis
         for what, names in groups.items()
         if names
     ]
-
-
-def _plain(moments: Moments) -> dict[str, Any]:
-    return {entry.name: getattr(moments, entry.name) for entry in fields(moments)}
-
-
-def _map(moments: Moments, change: Callable[[Tensor], Tensor]) -> Moments:
-    """The same sums with every tensor changed."""
-    tensors: dict[str, Any] = {
-        name: change(value.detach())
-        for name, value in _plain(moments).items()
-        if isinstance(value, Tensor)
-    }
-    return replace(moments, **tensors)

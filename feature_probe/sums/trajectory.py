@@ -23,7 +23,7 @@ from torch.optim import SGD, Optimizer
 
 from feature_probe.capture.sharding import is_sharded
 from feature_probe.layers.targets import Target
-from feature_probe.sums.moments import sum_dtype
+from feature_probe.sums.outer import sum_dtype
 from feature_probe.theory.matrices import to_algebra
 
 #: Steps whose scalars are kept, of this window and those before it.

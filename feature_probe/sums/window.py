@@ -81,8 +81,7 @@ class Window:
         """Multiply every E by ``factor``."""
         if isinstance(factor, Tensor) or factor != 1.0:
             for moments in self.layers:
-                if moments.loss is not None:
-                    moments.loss.mul_(factor)
+                moments.scale_outer(factor, "loss")
 
     def nbytes(self) -> int:
         """Bytes held by all sums."""
