@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 _NAN = float("nan")
@@ -26,10 +27,11 @@ _ROUNDING = 1e-12
 #: How many standard deviations of chance C(ŝ) must stand above its level. The best of many powers
 #: never lies below the level itself: a third of independent pairs have a peak, all just above it.
 _CHANCE_SPREADS = 2.0
-_GOLDEN = (math.sqrt(5) - 1) / 2
-#: Shrinks the step of the grid below 10⁻⁹ in log s; rounding in C(s) limits ŝ to about 10⁻⁸, and so
-#: its slope is looked at inside this relative distance.
-_GOLDEN_STEPS, _BISECTIONS, _NEAR = 40, 40, 1e-6
+#: Most steps of the search for a root, each of which halves its bracket at least, and the relative
+#: step at which it ends.
+_STEPS, _ACCURACY = 60, 1e-15
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,10 @@ def fitted_power(
 ) -> FittedPower:
     """ŝ = argmax_s C(s), C(s) = Σ_j a_jˢ q_j/(‖WᵀW‖ √Σ_j a_j^{2s}), the cosine of WᵀW with AGOPˢ.
 
-    A grid of 200 in log s, then golden section around its best point. ŝ is free of the scales of
-    both AGOP and W. For a block-diagonal weight the eigenvalues of all blocks go in together: one s
-    for all blocks, and the cosine over all their entries.
+    A grid of 200 in log s, then the root of d ln C/ds beside its best point, as C itself shows its
+    peak to about 10⁻⁸ only. ŝ is free of the scales of both AGOP and W. For a block-diagonal weight
+    the eigenvalues of all blocks go in together: one s for all blocks, and the cosine over all
+    their entries.
 
     Args:
         values: a, the kept eigenvalues of AGOP, any shape; entries that are not positive are
@@ -85,12 +88,11 @@ def fitted_power(
     logs, shares, reason = _prepared(values, quotients, norm)
     if not reason and len(logs) < _FEWEST:
         reason = f"{len(logs)} eigenvalues kept, a power needs {_FEWEST}"
-    if not reason and (spread := float(logs.std(correction=0))) < _LEAST_SPREAD:
+    if not reason and (spread := float(logs.std())) < _LEAST_SPREAD:
         reason = f"eigenvalues too close: their logarithms spread by {spread:.2g} < {_LEAST_SPREAD}"
     if reason:
         return _undefined(reason)
-    grid = torch.linspace(math.log(_LOWEST), math.log(_HIGHEST), _POINTS, dtype=torch.float64).exp()
-    grid[0], grid[-1] = _LOWEST, _HIGHEST
+    grid = np.geomspace(_LOWEST, _HIGHEST, _POINTS)
     curve = _cosines(logs, shares, grid)
     power = _peak(logs, shares, grid, int(curve.argmax()))
     cosine = _cosine(logs, shares, power)
@@ -104,8 +106,9 @@ def fitted_power(
         if cosine < chance + _CHANCE_SPREADS * spread:
             by_chance = f"{chance:.3g} ± {spread:.2g}"
             return _undefined(f"cosine {cosine:.3g} at s = {power:.3g}, within chance: {by_chance}")
-    points = torch.cat([grid[grid < power], grid.new_tensor([power]), grid[grid > power]])
-    low, high = _flat_range(logs, shares, points, cosine - _FLAT)
+    place = int(np.searchsorted(grid, power))
+    points, curve = np.insert(grid, place, power), np.insert(curve, place, cosine)
+    low, high = _flat_range(logs, shares, points, curve, cosine - _FLAT)
     cosine = max(-1.0, min(1.0, cosine))
     return FittedPower(power, cosine, cosine**2, low, high)
 
@@ -142,97 +145,109 @@ def power_curve(
     logs, shares, reason = _prepared(values, quotients, norm)
     if reason:
         return [_NAN] * len(powers)
-    curve = _cosines(logs, shares, torch.tensor(list(powers), dtype=torch.float64))
-    return [float(cosine) for cosine in curve.clamp(-1.0, 1.0)]
+    curve = _cosines(logs, shares, np.array(list(powers), dtype=np.float64))
+    return [float(cosine) for cosine in curve.clip(-1.0, 1.0)]
 
 
 def _undefined(reason: str) -> FittedPower:
     return FittedPower(_NAN, _NAN, _NAN, _NAN, _NAN, reason)
 
 
-def _prepared(values: Tensor, quotients: Tensor, norm: float) -> tuple[Tensor, Tensor, str]:
+def _prepared(values: Tensor, quotients: Tensor, norm: float) -> tuple[Floats, Floats, str]:
     """log(a_j/max a) and q_j/‖WᵀW‖ of the kept eigenvalues, and why there is no cosine."""
     if values.shape != quotients.shape:
         raise ValueError(f"{tuple(values.shape)} values, {tuple(quotients.shape)} quotients")
-    flat = values.detach().to("cpu", torch.float64).flatten()
-    shares = quotients.detach().to("cpu", torch.float64).flatten()
+    flat, shares = _array(values), _array(quotients)
     kept = flat > 0
-    if not (math.isfinite(norm) and flat.isfinite().all() and shares[kept].isfinite().all()):
+    if not (math.isfinite(norm) and np.isfinite(flat).all() and np.isfinite(shares[kept]).all()):
         return flat, shares, "not finite"
     if norm <= 0:
         return flat, shares, "weight is zero"
     if not kept.any():
         return flat, shares, "predicted matrix is zero"
-    logs = flat[kept].log()
+    logs: Floats = np.log(flat[kept])
     return logs - logs.max(), shares[kept] / norm, ""
 
 
-def _cosines(logs: Tensor, shares: Tensor, powers: Tensor) -> Tensor:
+def _array(tensor: Tensor) -> Floats:
+    array: Floats = tensor.detach().double().cpu().numpy().ravel()
+    return array
+
+
+def _cosines(logs: Floats, shares: Floats, powers: Floats) -> Floats:
     """C(s) at every s of ``powers``, ``[p]``; the denominator is at least 1."""
-    raised = (powers[:, None] * logs).exp()
-    return (raised @ shares) / raised.square().sum(1).sqrt()
+    raised = np.exp(powers[:, None] * logs)
+    cosines: Floats = (raised @ shares) / np.sqrt(np.square(raised).sum(1))
+    return cosines
 
 
-def _cosine(logs: Tensor, shares: Tensor, power: float) -> float:
-    return float(_cosines(logs, shares, logs.new_tensor([power])))
+def _cosine(logs: Floats, shares: Floats, power: float) -> float:
+    raised = np.exp(power * logs)
+    return float(raised @ shares) / math.sqrt(float(raised @ raised))
 
 
-def _peak(logs: Tensor, shares: Tensor, grid: Tensor, best: int) -> float:
-    """The s of the highest C between the neighbours of ``grid[best]``, by golden section."""
-    low = math.log(grid[max(best - 1, 0)])
-    high = math.log(grid[min(best + 1, len(grid) - 1)])
+def _peak(logs: Floats, shares: Floats, grid: Floats, best: int) -> float:
+    """The s of the highest C between the neighbours of ``grid[best]``, or that point itself."""
 
-    def height(log_power: float) -> float:
-        return _cosine(logs, shares, math.exp(log_power))
+    def slope(power: float) -> float:
+        return _slope(logs, shares, power)
 
-    left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
-    at_left, at_right = height(left), height(right)
-    for _ in range(_GOLDEN_STEPS):
-        if at_left > at_right:
-            high, right, at_right = right, left, at_left
-            left = high - _GOLDEN * (high - low)
-            at_left = height(left)
-        else:
-            low, left, at_left = left, right, at_right
-            right = low + _GOLDEN * (high - low)
-            at_right = height(right)
-    return _polished(logs, shares, math.exp((low + high) / 2))
+    low, high = float(grid[max(best - 1, 0)]), float(grid[min(best + 1, len(grid) - 1)])
+    at_low, at_high = slope(low), slope(high)
+    if not at_low > 0 > at_high:
+        return float(grid[best])
+    return _root(slope, (low, at_low), (high, at_high))
 
 
-def _polished(logs: Tensor, shares: Tensor, power: float) -> float:
-    """The root of d ln C/ds beside a peak, which C itself shows to about 10⁻⁸ only."""
-    low, high = power * (1 - _NEAR), power * (1 + _NEAR)
-    if not _slope(logs, shares, low) > 0 > _slope(logs, shares, high):
-        return power
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _slope(logs, shares, middle) > 0 else (low, middle)
-    return (low + high) / 2
-
-
-def _slope(logs: Tensor, shares: Tensor, power: float) -> float:
-    """d ln C/ds = Σ aˢ q ln a/Σ aˢ q − Σ a^{2s} ln a/Σ a^{2s}."""
-    raised = (power * logs).exp()
-    first, second = raised * shares, raised.square()
-    return float((first @ logs) / first.sum() - (second @ logs) / second.sum())
+def _slope(logs: Floats, shares: Floats, power: float) -> float:
+    """d ln C/ds = Σ aˢ q ln a/Σ aˢ q − Σ a^{2s} ln a/Σ a^{2s}; NaN where C = 0."""
+    raised = np.exp(power * logs)
+    first, second = raised * shares, np.square(raised)
+    total = float(first.sum())
+    return float(first @ logs) / total - float(second @ logs / second.sum()) if total else _NAN
 
 
 def _flat_range(
-    logs: Tensor, shares: Tensor, points: Tensor, threshold: float
+    logs: Floats, shares: Floats, points: Floats, curve: Floats, threshold: float
 ) -> tuple[float, float]:
     """Lowest and highest s with C(s) ≥ threshold: the outermost crossings between the points."""
-    inside = (_cosines(logs, shares, points) >= threshold).nonzero().flatten().tolist()
+    inside = np.flatnonzero(curve >= threshold)
 
     def crossing(outer: int, inner: int) -> float:
         if not 0 <= outer < len(points):
             return float(points[inner])
-        below, above = float(points[outer]), float(points[inner])
-        for _ in range(_BISECTIONS):
-            middle = (below + above) / 2
-            if _cosine(logs, shares, middle) >= threshold:
-                above = middle
-            else:
-                below = middle
-        return above
+        ends = [(float(points[i]), float(curve[i]) - threshold) for i in (outer, inner)]
+        return _root(lambda power: _cosine(logs, shares, power) - threshold, *ends)
 
     return crossing(inside[0] - 1, inside[0]), crossing(inside[-1] + 1, inside[-1])
+
+
+def _root(
+    function: Callable[[float], float], one: tuple[float, float], other: tuple[float, float]
+) -> float:
+    """A root between two points (x, f(x)) of opposite sign, by Ridders' method.
+
+    Ridders, "A new algorithm for computing a single root of a real continuous function", 1979: the
+    bracket halves at least, and the digits double, with every two evaluations.
+    """
+    (low, at_low), (high, at_high) = one, other
+    if at_low == 0 or at_high == 0:
+        return low if at_low == 0 else high
+    found = _NAN
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        at_middle = function(middle)
+        turn = math.copysign(1.0, at_low) * at_middle / math.sqrt(at_middle**2 - at_low * at_high)
+        before, found = found, middle + (middle - low) * turn
+        if abs(found - before) <= _ACCURACY * abs(found):
+            break
+        at_found = function(found)
+        if at_found == 0:
+            break
+        if at_middle * at_found < 0:
+            low, at_low, high, at_high = middle, at_middle, found, at_found
+        elif at_low * at_found < 0:
+            high, at_high = found, at_found
+        else:
+            low, at_low = found, at_found
+    return found
