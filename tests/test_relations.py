@@ -674,3 +674,22 @@ def test_trace_of_fact_through_measure() -> None:
             assert math.isclose(float(report.matrix(name, kind).trace()), expected, rel_tol=1e-10)
         ratio = expected / float(weight.detach().square().sum())
         assert math.isclose(report.record(name, "fact").decay_ratio, ratio, rel_tol=1e-10)
+
+
+@pytest.mark.parametrize("gap", [1e-1, 1e-2, 1.2e-3, 0.8e-3, 1e-5, 1e-9])
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20), (30, 30)])
+def test_a_residual_does_not_lose_digits_to_cancellation(
+    shape: tuple[int, int], gap: float
+) -> None:
+    """‖Wᵀ(W + G/λ)‖ to 1e-9 of itself, however close W is to rest."""
+    generator = torch.Generator().manual_seed(0)
+    weight, difference = (
+        torch.randn(1, *shape, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
+    decay = 2.0**-10
+    gradient = (gap * difference - weight) * decay
+    matrices = LayerMatrices(LayerStatistics(weight, gradient, None, None, decay, 1e-12))
+    left = weight + gradient / decay
+    for name, rows, other in (("fact", weight, left), ("bfact", weight.mT, left.mT)):
+        expected = float((rows.mT @ other).norm() / (rows.mT @ rows).norm())
+        assert math.isclose(matrices.residual(RELATIONS[name]), expected, rel_tol=1e-9)

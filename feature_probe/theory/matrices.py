@@ -20,7 +20,7 @@ from feature_probe.theory.spectra import (
     symmetric_values,
 )
 
-#: Share of ‖W‖² below which ‖W + G/λ‖² is not formed from products that cancel.
+#: Residual below which W + G/λ is formed as such, as its products cancel.
 _CANCELLED = 1e-3
 
 
@@ -297,7 +297,7 @@ class LayerMatrices:
     def _difference(self, side: Side, needs: Sum) -> tuple[Tensor, int]:
         """(‖WᵀD‖², e) or (‖W Dᵀ‖², e) with D·2ᵉ = W + G/λ.
 
-        From the products of W and G, unless they all but cancel.
+        From the products of W and G, good to 1e-10 of it, unless they all but cancel.
         """
         gram = self.weight_gram
         if gram is not None:
@@ -307,10 +307,9 @@ class LayerMatrices:
             own, other = (2.0 ** max(exponent - top, -1000) for exponent in exponents)
             across = own * gram + other * cross
             within = own * across + other * (own * cross.mT + other * square)
-            whole = own**2 * float(gram.diagonal(dim1=1, dim2=2).sum())
-            if float(within.diagonal(dim1=1, dim2=2).sum()) > _CANCELLED * whole:
-                inside = (gram * within).sum() if side == "forward" else across.square().sum()
-                return inside.clamp_min(0.0), top - self._scaled_weight[1]
+            inside = (gram * within).sum() if side == "forward" else across.square().sum()
+            if float(inside) > (_CANCELLED * own) ** 2 * float(gram.square().sum()):
+                return inside, top - self._scaled_weight[1]
         gap, exponent = self._gap(needs)
         return self._with_gradient(side, gap).squared_norm(), exponent
 
