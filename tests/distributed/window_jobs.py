@@ -18,6 +18,11 @@ from feature_probe.processes.reduction import Part, Reduced, is_writer, reduce_w
 from feature_probe.sums.moments import Moments
 from feature_probe.sums.window import Window
 
+#: What a layer's sums are.
+SUMS = (
+    "gradient", "gradient_weight", "jacobian", "loss", "jacobian_change", "jacobian_rows",
+    "loss_rows",
+)  # fmt: skip
 #: Collectives by which the library may talk.
 COLLECTIVES = ("all_gather", "all_gather_object", "all_reduce", "broadcast", "barrier")
 
@@ -41,7 +46,7 @@ def plain(reduced: Reduced) -> dict[str, Any]:
     """A reduced window as plain data."""
     window = reduced.window
     return {
-        "layers": [vars(layer) for layer in window.layers],
+        "layers": [{name: getattr(layer, name) for name in SUMS} for layer in window.layers],
         "counts": (window.steps, window.examples, window.left_out, window.discarded),
         "problems": window.problems,
         "weights": reduced.weights,
