@@ -84,10 +84,11 @@ class FeatureProbe:
             that depends on the step alone (:mod:`feature_probe.schedules`). None: as often as
             ``budget`` allows.
         budget: Without ``every``, the share of the training's time that probing may take, 0.02 if
-            None: reports at step 0 and after 20 steps outside windows, then evenly, so far apart
-            that a window and a report stay within it, as measured in this run. What was chosen
-            stands in ``report.settings["cost"]``, what it really costs in :attr:`cost`. Of several
-            processes the first decides.
+            None: reports at step 0 and after 20 steps outside windows, then with doubling gaps up
+            to an even spacing at which a window and a report stay within it, as measured in this
+            run; it is counted over ten minutes of training at least. What was chosen stands in
+            ``report.settings["cost"]``, what it really costs in :attr:`cost`. Of several processes
+            the first decides.
         window: Steps whose sums go into a report, the reported one last; fewer where the previous
             report, or step 0, is nearer. FACT is a matter of the whole data set's gradient: a few
             minibatches show little of it while the learning rate is large, an epoch shows it.

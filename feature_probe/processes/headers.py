@@ -80,14 +80,9 @@ class Layer:
     ) -> Layer:
         """The description of a target's sums."""
         sums = {kind: getattr(moments, kind) for kind in _KINDS}
-        counts = Moments(
-            gradient_weight=moments.gradient_weight,
-            jacobian_rows=moments.jacobian_rows,
-            loss_rows=moments.loss_rows,
-        )
         return cls(
             held=held,
-            counts=counts,
+            counts=moments.counts(),
             shapes={kind: tuple(t.shape) for kind, t in sums.items() if t is not None},
             dtypes={kind: t.dtype for kind, t in sums.items() if t is not None},
             sharded_gradient=is_sharded(moments.gradient),

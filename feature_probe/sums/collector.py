@@ -187,16 +187,14 @@ class Collector:
         number, last = self._number(optimizer), self._is_last(optimizer)
         fresh = self._observer.ledger.commit(scale.loss, number)
         gradients = self._read_gradients(fresh, number, scale, keep=keep_weights and not last)
-        if last and scale.taken is None:
-            self._end(fresh, None, gradients)
-            self._ownership.refresh()
-            return True
-        for index, gradient in gradients:  # a copy: it may change before the step's sums are added
-            fresh.layer(index).add_gradient(gradient)
+        if not last or scale.taken is not None:  # a copy: it is not known yet whether it counts
+            for index, gradient in gradients:
+                fresh.layer(index).add_gradient(gradient)
+            gradients = []
         if not last:
             self._parts.append((number, fresh, scale.taken))
             return False
-        self._end(fresh, scale.taken)
+        self._end(fresh, scale.taken, gradients)
         self._ownership.refresh()
         return True
 
@@ -237,7 +235,7 @@ class Collector:
         self,
         fresh: Window,
         taken: Tensor | None,
-        gradients: Sequence[tuple[int, Tensor]] = (),
+        gradients: Sequence[tuple[int, Tensor]],
     ) -> None:
         """Add the step to the window: the last optimizer's part, and those before it.
 

@@ -147,13 +147,17 @@ class Moments:
             rest._set(kind, _less(self._formed(kind), other._formed(kind)))
         return rest
 
-    def take_counts(self) -> Moments:
-        """The counts alone, which are zero here afterwards."""
-        counts = Moments(
+    def counts(self) -> Moments:
+        """The counts without the sums."""
+        return Moments(
             gradient_weight=self.gradient_weight,
             jacobian_rows=self.jacobian_rows,
             loss_rows=self.loss_rows,
         )
+
+    def take_counts(self) -> Moments:
+        """The counts alone, which are zero here afterwards."""
+        counts = self.counts()
         self.gradient_weight, self.jacobian_rows, self.loss_rows = 0.0, 0, 0
         return counts
 
@@ -163,12 +167,9 @@ class Moments:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Moments:
         """The same sums with every tensor changed."""
-        mapped = Moments(
-            gradient=None if self.gradient is None else change(self.gradient.detach()),
-            gradient_weight=self.gradient_weight,
-            jacobian_rows=self.jacobian_rows,
-            loss_rows=self.loss_rows,
-        )
+        mapped = self.counts()
+        if self.gradient is not None:
+            mapped.gradient = change(self.gradient.detach())
         mapped._outer = {kind: total.map(change) for kind, total in self._outer.items()}
         return mapped
 

@@ -78,7 +78,6 @@ def framed_rows(rows: Tensor, gram: Tensor | None = None) -> tuple[Tensor, Frame
         Rows ``[groups, k, k]`` with the same Gram matrix, and the frame.
     """
     groups, count, size = rows.shape
-    ones = torch.ones(groups, size, 1, dtype=rows.dtype, device=rows.device)
     gram = rows @ rows.mT if gram is None else gram
     factor, failed = torch.linalg.cholesky_ex(gram)
     scale = gram.diagonal(dim1=1, dim2=2).amax(-1).sqrt()
@@ -86,6 +85,7 @@ def framed_rows(rows: Tensor, gram: Tensor | None = None) -> tuple[Tensor, Frame
     if not failed.any() and conditioned.all():
         q = torch.linalg.solve_triangular(factor, rows.sum(-1, keepdim=True), upper=False)
         return factor, Frame(q[..., 0], size)
+    ones = torch.ones(groups, size, 1, dtype=rows.dtype, device=rows.device)
     triangle = torch.linalg.qr(torch.cat([rows.mT, ones], dim=-1), mode="r").R
     return triangle[:, :count, :count].mT, Frame(triangle[:, :count, count], size)
 
@@ -282,7 +282,7 @@ class Factored:
             left, right = taken(self.left), taken(self.right)
         else:
             lift = self._lifted()
-            weights = None if lift.weights is None else lift.weights
+            weights = lift.weights
             if weights is not None and len(blocks) < self.groups:
                 weights = weights[blocks.to(weights.device)]
             right = taken(lift.rows)

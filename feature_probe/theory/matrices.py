@@ -274,9 +274,9 @@ class LayerMatrices:
 
     def _with_gradient(self, side: Side, matrix: Tensor) -> Factored:
         """WᵀM (forward) or W Mᵀ (backward) for a matrix M of the weight's shape."""
-        rows = self._side_rows(side)
         if side == "backward" and self.weight_gram is not None:
             return self._thin_backward(self.weight @ matrix.mT)
+        rows = self._side_rows(side)
         product = Factored(rows, matrix if side == "forward" else matrix.mT)
         if rows.shape[1] > rows.shape[2]:
             return product.thin()
@@ -306,8 +306,11 @@ class LayerMatrices:
             top = max(exponents)
             own, other = (2.0 ** max(exponent - top, -1000) for exponent in exponents)
             across = own * gram + other * cross
-            within = own * across + other * (own * cross.mT + other * square)
-            inside = (gram * within).sum() if side == "forward" else across.square().sum()
+            if side == "backward":
+                inside = across.square().sum()
+            else:
+                within = own * across + other * (own * cross.mT + other * square)
+                inside = (gram * within).sum()
             if float(inside) > (_CANCELLED * own) ** 2 * float(gram.square().sum()):
                 return inside, top - self._scaled_weight[1]
         gap, exponent = self._gap(needs)
