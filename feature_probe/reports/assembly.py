@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -169,6 +170,11 @@ class Assembler:
         gradient = _mean(moments.gradient, moments.gradient_weight, scale)
         if gradient is not None and self.observer.recorder.reader.uses_parameter(index):
             gradient = target.gradient_matrix(gradient)
+        rows: dict[Sum, Tensor] = {
+            kind: kept / math.sqrt(window.examples)
+            for kind, kept in moments.kept_rows().items()
+            if window.examples
+        }
         jacobian, loss, change = (
             _mean(t, window.examples)
             for t in (moments.jacobian, moments.loss, moments.jacobian_change)
@@ -192,6 +198,7 @@ class Assembler:
             jacobian_change=None if (index, "jacobian_change") in problems else change,
             bases=bases,
             no_basis=no_basis,
+            rows=rows,
         )
 
     def _bases(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from feature_probe.reports.record import Record
 from feature_probe.theory.agreement import Agreement, compare, undefined
-from feature_probe.theory.levels import ChanceLevel, ChanceLevels
+from feature_probe.theory.levels import ChanceLevel, ChanceLevels, TurnedWeight
 from feature_probe.theory.matrices import LayerMatrices
 from feature_probe.theory.power import FittedPower, fitted_power, power_cosine
 from feature_probe.theory.relations import Basis, LayerStatistics, Relation, Sum
@@ -87,11 +87,14 @@ def score_layer(
         return LayerMatrices(statistics.based_on(basis))
 
     @cache
-    def levels(basis: Basis, needs: Sum) -> ChanceLevels:
+    def turned(basis: Basis) -> TurnedWeight:
         seen = matrices(basis)
-        values = seen.curvature_values(needs)
-        rows, gram = seen.input_rows[0], seen.weight_gram
-        return ChanceLevels(rows, values, statistics.tolerance, gram=gram)
+        return TurnedWeight(seen.input_rows[0], gram=seen.weight_gram)
+
+    @cache
+    def levels(basis: Basis, needs: Sum) -> ChanceLevels:
+        values = matrices(basis).curvature_values(needs)
+        return ChanceLevels(turned(basis), values, statistics.tolerance)
 
     @cache
     def fit(relation: Relation) -> Fit:
@@ -217,7 +220,11 @@ def _scores(
     levels: Callable[[Basis, Sum], ChanceLevels],
     depth: int | None,
 ) -> _Scores:
-    agreement = compare(matrices.gram(relation), matrices.prediction(relation, power))
+    agreement = compare(
+        matrices.gram(relation),
+        matrices.prediction(relation, power),
+        matrices.inner(relation, power),
+    )
     r_squared = matrices.r_squared(relation, power)
     if relation.is_equality:
         return _Scores(
@@ -305,4 +312,6 @@ def _missing(statistics: LayerStatistics, needs: Sum, basis: Basis) -> str:
 
 def _finite(tensor: Tensor) -> bool:
     """Nothing of the tensor's size is written, unlike by ``torch.isfinite``."""
-    return math.isfinite(float(torch.linalg.vector_norm(tensor, ord=math.inf)))
+    if not tensor.numel():
+        return True
+    return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor))

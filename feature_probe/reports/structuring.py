@@ -28,6 +28,7 @@ from feature_probe.theory.power import fitted_power, power_curve
 from feature_probe.theory.relations import RELATIONS, LayerStatistics, Relation
 from feature_probe.theory.structure import imbalance, spectrum_shape
 from feature_probe.theory.subspaces import leading_subspace, overlap
+from feature_probe.theory.threads import calm
 
 #: The matrices whose spectra are taken: name, and whether its side is d_in.
 _MATRICES = {"nfm": True, "agop": True, "ptk": False}
@@ -203,7 +204,8 @@ class _Parts:
     def _eigenvalues(self, matrix: str) -> Tensor:
         """Up to a factor."""
         if matrix == "nfm":
-            singular: Tensor = torch.linalg.svdvals(self.matrices.weight)
+            with calm(self.matrices.weight):
+                singular: Tensor = torch.linalg.svdvals(self.matrices.weight)
             return singular.square()
         if matrix == "agop":
             return self.matrices.spectrum(_NFA).values
@@ -262,7 +264,8 @@ def _compared(
     matrices: LayerMatrices, reference: Reference, blank: ReferenceAgreement
 ) -> ReferenceAgreement:
     if blank.matrix == "nfm":
-        _, singular, vectors = torch.linalg.svd(matrices.weight, full_matrices=False)
+        with calm(matrices.weight):
+            _, singular, vectors = torch.linalg.svd(matrices.weight, full_matrices=False)
         values, own = singular.square(), matrices.gram(_NFA)
     else:
         spectrum = matrices.spectrum(_NFA)

@@ -203,6 +203,14 @@ class Moments:
         own = 0 if gradient is None else gradient.numel() * gradient.element_size()
         return own + sum(total.nbytes() for total in self._outer.values())
 
+    def kept_rows(self) -> dict[Outer, Tensor]:
+        """R with RᵀR the sum, ``[groups, n, d_out]``, of the sums whose rows are all kept still.
+
+        Reading a sum itself lets its rows go.
+        """
+        kept = {kind: total.all_kept() for kind, total in self._outer.items()}
+        return {kind: rows for kind, rows in kept.items() if rows is not None}
+
     def _formed(self, kind: Outer) -> Tensor | None:
         total = self._outer.get(kind)
         return None if total is None else total.form()

@@ -35,6 +35,13 @@ class OuterSum:
         """The sum without the rows that are kept."""
         return self._matrix
 
+    def all_kept(self) -> Tensor | None:
+        """R with RᵀR the sum, ``[groups, n, d]``; None where some of it is added up."""
+        if self._matrix is not None or not self._rows:
+            return None
+        rows = self._rows[0] if len(self._rows) == 1 else torch.cat(self._rows)
+        return rows.transpose(0, 1)
+
     def form(self) -> Tensor:
         """The sum, ``[groups, d, d]``; the rows are let go."""
         if self._rows:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from feature_probe.theory.factored import Factored
 from feature_probe.theory.levels import ChanceLevel, shared_weight_level
 from feature_probe.theory.ranks import rank_correlation
@@ -75,11 +77,16 @@ class _Moments:
         )
 
 
-def compare(actual: Factored, predicted: Factored) -> Agreement:
+def compare(actual: Factored, predicted: Factored, inner: Tensor | None = None) -> Agreement:
     """Scores of ``predicted`` against ``actual``, both ``[groups]`` blocks of side d.
 
     The factors are scaled by powers of two first, so that neither tiny nor huge entries are lost.
     Beside inner products of the factors this sorts at most 19,900 entries of each side.
+
+    Args:
+        actual: A.
+        predicted: X.
+        inner: ⟨A, X⟩ of the factors, without their exponents, where it is known.
 
     Returns:
         The scores; NaN with a reason where a side is zero, not finite, constant or 1 × 1.
@@ -89,9 +96,10 @@ def compare(actual: Factored, predicted: Factored) -> Agreement:
     """
     if actual.groups * actual.size**2 == 1:
         return undefined("a 1 × 1 matrix has nothing to compare")
-    (a, exponent_a), (x, exponent_x) = actual.moderated(), predicted.moderated()
+    (a, exponent_a), (x, exponent_x) = actual.moderated, predicted.moderated
     norms = float(a.squared_norm()), float(x.squared_norm())
-    cross = float(a.inner(x))
+    as_given = a.left is actual.left and x.left is predicted.left and x.right is predicted.right
+    cross = float(a.inner(x) if inner is None or not as_given else inner)
     if not all(map(math.isfinite, (*norms, cross))):
         return undefined("not finite")
     if norms[0] == 0 or norms[1] == 0:

@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 from feature_probe.theory.ranks import Floats, average_ranks, entry_sample, upper_entries
+from feature_probe.theory.threads import calm
 
 #: Largest entries between 2⁻⁶⁴ and 2⁶⁴ need no scaling: no product or norm of them over- or
 #: underflows.
 _MODERATE = 64
 #: Least pivot of a Cholesky factor, relative to the longest row: below it RRᵀ has lost digits.
 _CONDITION = 1e-4
+#: Rows from which on their products are formed above the diagonal alone.
+_LARGE = 512
 
 
 def moderate(tensor: Tensor) -> tuple[Tensor, int]:
@@ -36,6 +39,23 @@ def moderate(tensor: Tensor) -> tuple[Tensor, int]:
 def _largest(tensor: Tensor) -> float:
     low, high = torch.aminmax(tensor.detach())
     return max(-float(low), float(high))
+
+
+def row_products(rows: Tensor) -> Tensor:
+    """RRᵀ of rows ``[groups, k, d]``; the half below the diagonal is that above it where k ≥ 512.
+
+    A quarter of the rows at a time takes 10 of the 16 blocks that a whole product does.
+    """
+    count = rows.shape[1]
+    if count < _LARGE:
+        return rows @ rows.mT
+    products = rows.new_empty(len(rows), count, count)
+    quarter = -(-count // 4)
+    for start in range(0, count, quarter):
+        end = start + quarter
+        products[:, start:end, start:] = rows[:, start:end] @ rows[:, start:].mT
+        products[:, end:, start:end] = products[:, start:end, end:].mT
+    return products
 
 
 def scaled(tensor: Tensor, exponent: int) -> Tensor:
@@ -79,14 +99,16 @@ def framed_rows(rows: Tensor, gram: Tensor | None = None) -> tuple[Tensor, Frame
     """
     groups, count, size = rows.shape
     gram = rows @ rows.mT if gram is None else gram
-    factor, failed = torch.linalg.cholesky_ex(gram)
+    with calm(gram):
+        factor, failed = torch.linalg.cholesky_ex(gram)
     scale = gram.diagonal(dim1=1, dim2=2).amax(-1).sqrt()
     conditioned = factor.diagonal(dim1=1, dim2=2).amin(-1) > _CONDITION * scale
     if not failed.any() and conditioned.all():
         q = torch.linalg.solve_triangular(factor, rows.sum(-1, keepdim=True), upper=False)
         return factor, Frame(q[..., 0], size)
     ones = torch.ones(groups, size, 1, dtype=rows.dtype, device=rows.device)
-    triangle = torch.linalg.qr(torch.cat([rows.mT, ones], dim=-1), mode="r").R
+    with calm(rows):
+        triangle = torch.linalg.qr(torch.cat([rows.mT, ones], dim=-1), mode="r").R
     return triangle[:, :count, :count].mT, Frame(triangle[:, :count, count], size)
 
 
@@ -124,6 +146,8 @@ class Factored:
         cross: LRᵀ likewise.
         exponent: e, so that X itself may be out of the range of floating point.
         lift: LᵀR in ℝᵈ where the factors are given in a frame and single entries are wanted.
+        is_whole: Whether L is the identity, so that R is X itself.
+        is_symmetric: Whether X is known to be.
     """
 
     left: Tensor
@@ -134,6 +158,15 @@ class Factored:
     cross: Tensor | None = None
     exponent: int = 0
     lift: Lift | None = None
+    is_whole: bool = False
+    is_symmetric: bool = False
+
+    @staticmethod
+    def whole(matrix: Tensor, *, symmetric: bool = False) -> Factored:
+        """``[groups, d, d]`` as it is."""
+        identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        identity = identity.expand(len(matrix), -1, -1)
+        return Factored(identity, matrix, left_gram=identity, is_whole=True, is_symmetric=symmetric)
 
     @staticmethod
     def gram(rows: Tensor, frame: Frame | None = None, exponent: int = 0) -> Factored:
@@ -157,16 +190,12 @@ class Factored:
 
     def thin(self) -> Factored:
         """The same matrix with at most d rows in its factors, so that the smaller side is used."""
-        width = self.left.shape[2]
-        if self.left.shape[1] <= width:
+        if self.left.shape[1] <= self.left.shape[2]:
             return self
-        identity = torch.eye(width, dtype=self.left.dtype, device=self.left.device)
-        identity = identity.expand(self.groups, -1, -1)
-        right = self.left.mT @ self.right
-        return replace(
-            self, left=identity, right=right, left_gram=None, right_gram=None, cross=None
-        )
+        whole = Factored.whole(self.left.mT @ self.right, symmetric=self.is_gram)
+        return replace(whole, frame=self.frame, exponent=self.exponent, lift=self.lift)
 
+    @cached_property
     def moderated(self) -> tuple[Factored, int]:
         """(Y, e) with X = 2ᵉ·Y exactly and factors of moderate size, so that no score overflows."""
         left, left_exponent = moderate(self.left)
@@ -202,6 +231,8 @@ class Factored:
 
     def block_inners(self, other: Factored) -> Tensor:
         """⟨X_b, Y_b⟩ of every block, shape ``[groups]``."""
+        if self.is_whole and other.is_whole:
+            return scaled((self.right * other.right).sum((1, 2)), self.exponent + other.exponent)
         if self.left is other.left and self.left_gram is not None:
             lefts = self.left_gram
         else:
@@ -219,6 +250,8 @@ class Factored:
     @cached_property
     def crossed(self) -> Tensor:
         """LRᵀ, shape ``[groups, k, k]``."""
+        if self.is_whole:
+            return self.right.mT
         return self.left @ self.right.mT if self.cross is None else self.cross
 
     @cached_property
@@ -229,7 +262,7 @@ class Factored:
     @cached_property
     def block_transposes(self) -> Tensor:
         """⟨X_b, X_bᵀ⟩ of every block, shape ``[groups]``: ‖X_b‖_F² where X is symmetric."""
-        if self.is_gram:
+        if self.is_gram or self.is_symmetric:
             return self.block_norms
         return scaled((self.crossed * self.crossed.mT).sum((1, 2)), 2 * self.exponent)
 
@@ -239,6 +272,8 @@ class Factored:
 
     def traces(self) -> Tensor:
         """The trace of every block, shape ``[groups]``."""
+        if self.is_whole:
+            return scaled(self.right.diagonal(dim1=1, dim2=2).sum(-1), self.exponent)
         if self.is_gram:
             return scaled(torch.linalg.vector_norm(self.left, dim=(1, 2)).square(), self.exponent)
         return scaled(torch.linalg.vecdot(self.left, self.right).sum(1), self.exponent)
@@ -259,6 +294,8 @@ class Factored:
         """
         if self.frame is not None:
             return scaled(self._lifted().diagonals(), self.exponent)
+        if self.is_whole:
+            return scaled(self.right.diagonal(dim1=1, dim2=2), self.exponent)
         if self.is_gram:
             return scaled(torch.linalg.vector_norm(self.left, dim=1).square(), self.exponent)
         return scaled((self.left * self.right).sum(1), self.exponent)

@@ -4,25 +4,22 @@ Level and spread are functions of a random rotation Q of d_out dimensions. What 
 sampled, with one eigenproblem a draw for all powers. In wide layers the spread follows instead from
 how fast the cosine f changes as Q is turned further: Var f = E‖∇_Q f‖²/d_out holds exactly for a
 function that is linear in QKQᵀ, and is too large by a factor 2 for a quadratic one. With
-Γ = ∂f/∂(QKQᵀ) the gradient is the commutator of QKQᵀ and Γ, whose norm a few random vectors z tell:
-‖C‖² = E‖Cz‖².
+Γ = ∂f/∂(QKQᵀ) the gradient is the commutator of QKQᵀ and Γ, whose norm a few random vectors tell.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from feature_probe.theory.factored import moderate
+from feature_probe.theory.rotations import random_frames, random_signs
 from feature_probe.theory.spectra import Spectrum, gram_spectrum
-
-Apply = Callable[[Tensor], Tensor]
+from feature_probe.theory.threads import calm
 
 _NAN = float("nan")
 #: Most rotations drawn, and the floating-point operations that all of them may cost.
@@ -38,12 +35,8 @@ _NARROW = 64
 _ONE = 1 - 1e-9
 #: Standard errors that the mean of some draws may lie from the closed form.
 _APART = 4.0
-#: Rotations, and random vectors for each, where the spread at s = 1 is not sampled.
-_ROTATIONS, _PROBES = 8, 16
-#: Operations that those rotations may cost.
-_BUDGET_AT_ONE = 3e8
-#: Width from which on rotations are products of signs and transforms: they mix as Haar's do there.
-_WIDE = 128
+#: Random vectors for each rotation where the spread is not sampled.
+_PROBES = 8
 #: Eigenvalues closer than this, relatively, share one divided difference.
 _CLOSE = 1e-7
 
@@ -64,32 +57,74 @@ class ChanceLevel:
     arctanh_spread: float
 
 
-class ChanceLevels:
-    """The levels of one layer at any power: its draws are made once.
+class TurnedWeight:
+    """W under random rotations of its rows, which the levels of all sums of a layer share.
 
     Args:
         weight: W in float64, shape ``[groups, d_out, d_in]``, or in coordinates of its row space.
-        values: Kept eigenvalues of K or E, ``[groups, r]``, 0 where dropped.
-        tolerance: Relative eigenvalue clamp.
         seed: Seed of the draws, so that a report can be repeated.
         gram: WWᵀ ``[groups, d_out, d_out]``, where it is known.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        values: Tensor,
-        tolerance: float,
-        *,
-        seed: int = 0,
-        gram: Tensor | None = None,
-    ) -> None:
-        (self._weight, exponent), self._values = moderate(weight), moderate(values)[0]
+    def __init__(self, weight: Tensor, *, seed: int = 0, gram: Tensor | None = None) -> None:
+        self.weight, exponent = moderate(weight)
         self._given_gram = None if exponent else gram
-        self._tolerance, self._seed = tolerance, seed
+        self._seed = seed
+        self._turned: dict[tuple[int, int], _Turned] = {}
+
+    @cached_property
+    def is_zero(self) -> bool:
+        """Whether there is nothing to turn."""
+        return not self.weight.any()
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """WWᵀ, or WᵀW where it is smaller."""
+        if self._given_gram is not None:
+            return self._given_gram
+        weight = self.weight
+        return weight @ weight.mT if weight.shape[1] <= weight.shape[2] else weight.mT @ weight
+
+    @cached_property
+    def own_norm(self) -> Tensor:
+        """‖WᵀW‖_F."""
+        norm: Tensor = self.gram.norm()
+        return norm
+
+    def shared(self, z: Tensor) -> Tensor:
+        """WWᵀz for vectors ``[..., groups, d_out, m]``."""
+        weight = self.weight
+        if weight.shape[1] <= weight.shape[2]:
+            return self.gram @ z
+        return weight @ (weight.mT @ z)
+
+    def at_random(self, draws: int, count: int) -> _Turned:
+        """QᵀW of the first ``count`` columns of so many rotations Q, the same at every call."""
+        if (draws, count) not in self._turned:
+            self._turned[draws, count] = _Turned(self.weight, draws, count, self.generator(0))
+        return self._turned[draws, count]
+
+    def generator(self, stream: int) -> torch.Generator:
+        """A generator at the beginning of one of two streams."""
+        seed = 2 * self._seed + stream
+        return torch.Generator(device=self.weight.device).manual_seed(seed)
+
+
+class ChanceLevels:
+    """The levels of one sum of a layer at any power: its draws are made once.
+
+    Args:
+        turned: W and its rotations.
+        values: Kept eigenvalues of K or E, ``[groups, r]``, 0 where dropped.
+        tolerance: Relative eigenvalue clamp.
+    """
+
+    def __init__(self, turned: TurnedWeight, values: Tensor, tolerance: float) -> None:
+        self._turned, self._values = turned, moderate(values)[0]
+        self._tolerance = tolerance
         self._levels: dict[float, ChanceLevel] = {}
-        groups, self._width, _ = weight.shape
-        self._undefined = not (values > 0).any() or not weight.any()
+        groups, self._width, _ = turned.weight.shape
+        self._undefined = not (values > 0).any() or turned.is_zero
         self._undefined |= self._width == 1 and groups > 1
 
     def at(self, power: float) -> ChanceLevel:
@@ -109,14 +144,17 @@ class ChanceLevels:
             return ChanceLevel(_NAN, _NAN, _NAN)
         if self._width == 1:
             return ChanceLevel(1.0, 0.0, 0.0)
-        if self._has_closed_form(power):
-            return _level_at_one(self._weight, self._values, self._gram, self._generator(1))
         cosines = self._drawn.cosines(power)
-        if len(cosines) < _FEWEST:
-            variances = self._drawn.variances(power, self._generator(1))
-            return _estimated(float(cosines.mean()), float(variances.mean().sqrt()))
-        far = cosines.clamp(-_ONE, _ONE).atanh()
-        return ChanceLevel(float(cosines.mean()), float(cosines.std()), float(far.std()))
+        if len(cosines) >= _FEWEST:
+            far = cosines.clamp(-_ONE, _ONE).atanh()
+            return ChanceLevel(float(cosines.mean()), float(cosines.std()), float(far.std()))
+        mean = float(cosines.mean())
+        spread = math.sqrt(float(self._drawn.variances(power).mean()))
+        if self._has_closed_form(power):
+            closed = _closed_form(self._width, self._turned.gram, self._values)
+            is_elsewhere = abs(mean - closed) > _APART * spread / math.sqrt(len(cosines))
+            mean = mean if is_elsewhere else closed
+        return ChanceLevel(mean, spread, spread / max(1 - min(mean, _ONE) ** 2, 1e-12))
 
     def _is_simple(self) -> bool:
         return self._undefined or self._width == 1
@@ -126,29 +164,11 @@ class ChanceLevels:
 
     @cached_property
     def _number(self) -> int:
-        return _affordable(self._weight, self._values)
+        return _affordable(self._turned.weight, self._values)
 
     @cached_property
     def _drawn(self) -> _Draws:
-        generator = self._generator(0)
-        rotation: _Rotation
-        if self._width >= _WIDE:
-            rotation = _Mixing(self._number, self._weight, generator)
-        else:
-            rotation = _Haar(self._number, self._weight, self._values.shape[1], generator)
-        return _Draws(self._values, rotation, self._gram.norm(), self._tolerance)
-
-    @cached_property
-    def _gram(self) -> Tensor:
-        """WWᵀ, or WᵀW where it is smaller."""
-        if self._given_gram is not None:
-            return self._given_gram
-        weight = self._weight
-        return weight @ weight.mT if self._width <= weight.shape[2] else weight.mT @ weight
-
-    def _generator(self, stream: int) -> torch.Generator:
-        seed = 2 * self._seed + stream
-        return torch.Generator(device=self._weight.device).manual_seed(seed)
+        return _Draws(self._values, self._turned, self._number, self._tolerance)
 
 
 def shared_weight_level(
@@ -185,12 +205,7 @@ def shared_weight_level(
     Raises:
         torch.linalg.LinAlgError: if an eigenproblem does not converge.
     """
-    return ChanceLevels(weight, values, tolerance, seed=seed).at(power)
-
-
-def _estimated(cosine: float, spread: float) -> ChanceLevel:
-    """A level whose spread is not that of draws."""
-    return ChanceLevel(cosine, spread, spread / max(1 - min(cosine, _ONE) ** 2, 1e-12))
+    return ChanceLevels(TurnedWeight(weight, seed=seed), values, tolerance).at(power)
 
 
 def _affordable(weight: Tensor, values: Tensor) -> int:
@@ -203,86 +218,51 @@ def _affordable(weight: Tensor, values: Tensor) -> int:
     return int(max(fewest, min(_MOST_DRAWS, _BUDGET // (groups * operations))))
 
 
-class _Rotation(Protocol):
-    """Random rotations Q of the rows of one layer, in a basis of ℝ^d_out that is Q's own or W's."""
-
-    @property
-    def whole(self) -> Tensor:
-        """W in that basis, ``[draws or 1, groups, d_out, d_in]``."""
-
-    def rows(self, count: int) -> Tensor:
-        """QᵀW of the first ``count`` columns of Q, ``[draws, groups, count, d_in]``."""
-
-    def curvature(self, values: Tensor, vectors: Tensor) -> Tensor:
-        """QKQᵀ times vectors ``[draws, groups, d_out, m]`` for the eigenvalues of K."""
-
-
-class _Haar:
-    """Rotations from the QR decomposition of normal numbers.
+class _Turned:
+    """W under random rotations Q, in a basis of ℝ^d_out that is Q's own or W's.
 
     Where W has fewer columns than K has eigenvalues, QᵀW = P·T with W = U·T and P = QᵀU a random
     frame of d_in columns, which is the smaller one to draw.
+
+    Attributes:
+        whole: W in that basis, ``[draws or 1, groups, d_out, d_in]``.
+        rows: QᵀW of the first ``count`` columns of Q, ``[draws, groups, count, d_in]``.
     """
 
-    def __init__(self, draws: int, weight: Tensor, count: int, generator: torch.Generator) -> None:
+    def __init__(self, weight: Tensor, draws: int, count: int, generator: torch.Generator) -> None:
         groups, width, columns = weight.shape
-        shape = (draws, groups, width, min(count, columns))
-        normal = torch.randn(shape, generator=generator, dtype=weight.dtype, device=weight.device)
-        frame = torch.linalg.qr(normal).Q  # the signs of its columns cancel in every product
-        self._frame: Tensor | None = frame if count <= columns else None
-        self.whole: Tensor = weight[None]
+        frame = random_frames(draws, groups, width, min(count, columns), generator, weight)
+        self._frame = frame if count <= columns else None
         if self._frame is None:
-            self.whole = frame @ torch.linalg.qr(weight, mode="r").R
+            with calm(weight):
+                triangle = torch.linalg.qr(weight, mode="r").R
+            self.whole: Tensor = frame @ triangle
+            self.rows: Tensor = self.whole[:, :, :count]
+        else:
+            self.whole = weight[None]
+            self.rows = frame.mT @ self.whole
 
-    def rows(self, count: int) -> Tensor:
-        """QᵀW of the first ``count`` columns of Q."""
+    @property
+    def is_straight(self) -> bool:
+        """Whether the basis is W's."""
+        return self._frame is not None
+
+    @cached_property
+    def mixed(self) -> Tensor:
+        """QᵀWWᵀ in the rows of the first columns of Q, ``[draws, groups, count, d_out]``."""
+        return self.rows @ self.whole.mT
+
+    def first(self, vectors: Tensor) -> Tensor:
+        """Fᵀ times vectors ``[draws, groups, d_out, m]``, F the first columns of Q."""
         if self._frame is None:
-            return self.whole[:, :, :count]
-        return self._frame.mT @ self.whole
-
-    def curvature(self, values: Tensor, vectors: Tensor) -> Tensor:
-        """QKQᵀ times vectors."""
-        if self._frame is not None:
-            turned: Tensor = self._frame.mT @ vectors
-            return self._frame @ (values[..., None] * turned)
-        count = values.shape[1]
-        product = torch.zeros_like(vectors)
-        product[:, :, :count] = values[..., None] * vectors[:, :, :count]
+            return vectors[:, :, : self.rows.shape[2]]
+        product: Tensor = self._frame.mT @ vectors
         return product
 
-
-class _Mixing:
-    """Q = D₁HD₂HD₃H with random signs D and the Hartley transform H: k·log k operations a vector.
-
-    It mixes as well as Haar's rotations do in many dimensions.
-    """
-
-    def __init__(self, draws: int, weight: Tensor, generator: torch.Generator) -> None:
-        groups, width, _ = weight.shape
-        shape = (draws, groups, width, 1)
-        self._signs = [_signs(shape, generator, weight) for _ in range(3)]
-        self.whole = weight[None]
-
-    def rows(self, count: int) -> Tensor:
-        """QᵀW of the first ``count`` columns of Q."""
-        return self._forth(self.whole)[:, :, :count]
-
-    def curvature(self, values: Tensor, vectors: Tensor) -> Tensor:
-        """QKQᵀ times vectors."""
-        turned, count = self._forth(vectors), values.shape[1]
-        inside = torch.zeros_like(turned)
-        inside[:, :, :count] = values[..., None] * turned[:, :, :count]
-        return self._back(inside)
-
-    def _forth(self, z: Tensor) -> Tensor:
-        for signs in self._signs:
-            z = _hartley(signs * z)
-        return z
-
-    def _back(self, z: Tensor) -> Tensor:
-        for signs in reversed(self._signs):
-            z = signs * _hartley(z)
-        return z
+    def shared(self, vectors: Tensor) -> Tensor:
+        """WWᵀ times vectors, in that basis."""
+        product: Tensor = self.whole @ (self.whole.mT @ vectors)
+        return product
 
 
 class _Draws:
@@ -290,68 +270,117 @@ class _Draws:
 
     Args:
         values: λ of K, ``[groups, r]``.
-        rotation: The rotations, and W.
-        own_norm: ‖WᵀW‖_F.
+        weight: W and its rotations.
+        draws: How many rotations.
         tolerance: Relative eigenvalue clamp.
     """
 
-    def __init__(
-        self, values: Tensor, rotation: _Rotation, own_norm: Tensor, tolerance: float
-    ) -> None:
-        self._rotation, self._curvature = rotation, values
-        self._own_norm, self._tolerance = own_norm, tolerance
-        self._rows = rotation.rows(values.shape[1])
+    def __init__(self, values: Tensor, weight: TurnedWeight, draws: int, tolerance: float) -> None:
+        self._values, self._weight, self._tolerance = values, weight, tolerance
+        self._turned = weight.at_random(draws, values.shape[1])
+        self._own_norm = weight.own_norm
 
     def cosines(self, power: float) -> Tensor:
         """f of every draw, ``[draws]``."""
         if power == 1:  # without an eigenproblem
-            own = self._curvature.sqrt()[..., None] * self._rows
-            norms = (own @ own.mT).square().sum((1, 2, 3)).sqrt() * self._own_norm
-            mixed = self._rows @ self._rotation.whole.mT
-            return (self._curvature[..., None] * mixed.square()).sum((1, 2, 3)) / norms
+            return self._products / (self._norms * self._own_norm)
         raised = self._eigen.values.pow(power)
         norms = raised.square().sum((1, 2)).sqrt() * self._own_norm
         return (raised * self._quotients).sum((1, 2)) / norms
 
-    def variances(self, power: float, probes: torch.Generator) -> Tensor:
-        """‖∇f‖²/d_out of every draw, ``[draws]``."""
-        values, vectors, top = self._eigen.values, self._eigen.vectors, self._top
-        turned, whole = self._turned, self._rotation.whole
+    def variances(self, power: float) -> Tensor:
+        """‖∇f‖²/d_out of every draw, ``[draws]``.
+
+        ∇f is the commutator of A = FΛFᵀ, F the first columns of Q, and Γ. With G = FᵀΓF its norm is
+        ‖[A, Γ]‖² = ‖ΛG − GΛ‖² + 2‖(1 − FFᵀ)ΓFΛ‖², which random signs z tell from ΓFz and ΓFΛz.
+        """
+        turned, values = self._turned, self._values[:, :, None]
+        size = (*turned.rows.shape[:3], _PROBES)
+        z = random_signs(size, self._weight.generator(1), turned.rows)
+        both = torch.cat([z, values * z], dim=-1)
+        y = self._slope_at_one(both) if power == 1 else self._slope(power, both)
+        inside = turned.first(y)
+        (inner, outer), whole = inside.chunk(2, dim=-1), y.chunk(2, dim=-1)[1]
+        within = (values * inner - outer).square().sum((1, 2, 3))
+        across = whole.square().sum((1, 2, 3)) - outer.square().sum((1, 2, 3))
+        return (within + 2 * across.clamp_min(0.0)) / (_PROBES * turned.whole.shape[2])
+
+    def _slope_at_one(self, z: Tensor) -> Tensor:
+        """ΓFz, Γ = WWᵀ(c₁ − c₂A)WWᵀ, c₁ = 1/(‖WᵀW‖‖X‖), c₂ = f/‖X‖², X = WᵀAW."""
+        turned = self._turned
+        first = 1 / (self._norms * self._own_norm)
+        second = first * self._products / self._norms.square()
+        first, second = (x[:, None, None, None] for x in (first, second))
+        inner = self._values[:, :, None] * (turned.rows @ (turned.rows.mT @ z))
+        slope: Tensor = first * self._shared(turned.mixed.mT @ z)
+        return slope - second * (turned.mixed.mT @ inner)
+
+    def _slope(self, power: float, z: Tensor) -> Tensor:
+        """ΓFz at any power: Γ = W(∂f/∂X)Wᵀ from the eigenpairs V of X.
+
+        ∂f/∂X = Vᵀ(φ∘S)V + the part between V and its complement, in which WᵀF has no part unless
+        eigenvalues were dropped.
+        """
+        values, vectors, turned = self._eigen.values, self._eigen.vectors, self._turned
         raised = values.pow(power)
         norms = raised.square().sum((1, 2)).sqrt()
         first = 1 / (norms * self._own_norm)
         cosines = first * (raised * self._quotients).sum((1, 2))
         first, second = (x[:, None, None, None] for x in (first, cosines / norms.square()))
-        # ∂f/∂X = Vᵀ(φ∘S)V + the part between V and its complement, X in units of its largest
-        # eigenvalue
         kernel = _divided_differences(values, power)
-        kernel *= first * self._turned_gram - second * torch.diag_embed(raised)
+        kernel *= first * self._seen_gram - second * torch.diag_embed(raised)
         powers = torch.where(values > 0, values, 1.0).pow(power - 1) * (values > 0)
         slopes = first * powers[..., None]
 
-        def gradient(z: Tensor) -> Tensor:
-            inside = whole.mT @ z
-            seen = vectors @ inside
-            outside = inside - vectors.mT @ seen
-            kept = kernel @ seen + slopes * (turned @ (whole @ outside))
-            beyond = whole.mT @ (turned.mT @ (slopes * seen))
-            beyond = beyond - vectors.mT @ (vectors @ beyond)
-            return whole @ (vectors.mT @ kept + beyond) / top
+        inside = turned.rows.mT @ z
+        coordinates = vectors @ inside
+        outer = slopes * coordinates
+        kept = kernel @ coordinates - self._seen_gram @ outer
+        if self._eigen.kept < min(turned.rows.shape[2:]) * values[..., 0].numel():
+            outside = turned.whole @ (inside - vectors.mT @ coordinates)
+            kept = kept + slopes * (self._seen @ outside)
+        slope: Tensor = self._seen.mT @ kept + self._shared(self._seen.mT @ outer)
+        return slope / self._top
 
-        def curvature(z: Tensor) -> Tensor:
-            return self._rotation.curvature(self._curvature, z)
+    def _shared(self, z: Tensor) -> Tensor:
+        """WWᵀz in the basis of the rotated W."""
+        return self._weight.shared(z) if self._turned.is_straight else self._turned.shared(z)
 
-        size = (*values.shape[:2], whole.shape[2], _PROBES)
-        return _commutator(curvature, gradient, size, probes, whole) / whole.shape[2]
+    @cached_property
+    def _own(self) -> Tensor:
+        """K^{1/2}QᵀW, ``[draws, groups, r, d_in]``."""
+        return self._values.sqrt()[..., None] * self._turned.rows
+
+    @cached_property
+    def _own_gram(self) -> Tensor:
+        """Its products, ``[draws, groups, r, r]``."""
+        return self._own @ self._own.mT
+
+    @cached_property
+    def _norms(self) -> Tensor:
+        """‖X‖_F of every draw."""
+        return self._own_gram.square().sum((1, 2, 3)).sqrt()
+
+    @cached_property
+    def _products(self) -> Tensor:
+        """⟨WᵀW, X⟩ of every draw."""
+        return (self._values * self._turned.mixed.square().sum(-1)).sum((1, 2))
 
     @cached_property
     def _scaled_eigen(self) -> tuple[Spectrum, Tensor]:
         """Eigenpairs of every WᵀQKQᵀW, in units of the largest eigenvalue of all."""
-        own = self._curvature.sqrt()[..., None] * self._rows
-        found = gram_spectrum(own.flatten(0, 1), self._tolerance)
+        own = self._own
+        gram = self._own_gram if own.shape[2] <= own.shape[3] else None
+        flat = None if gram is None else gram.flatten(0, 1)
+        found = gram_spectrum(own.flatten(0, 1), self._tolerance, flat)
         top = found.values.max()
-        values = found.values.reshape(*own.shape[:2], -1) / top
-        return Spectrum(values, found.vectors.reshape(*own.shape[:2], -1, own.shape[3])), top
+        shape = own.shape[:2]
+
+        def by_draw(tensor: Tensor) -> Tensor:
+            return tensor.reshape(*shape, *tensor.shape[1:])
+
+        mixing = None if found.mixing is None else by_draw(found.mixing)
+        return Spectrum(by_draw(found.values) / top, by_draw(found.vectors), mixing), top
 
     @property
     def _eigen(self) -> Spectrum:
@@ -362,17 +391,20 @@ class _Draws:
         return self._scaled_eigen[1]
 
     @cached_property
-    def _turned(self) -> Tensor:
-        return self._eigen.vectors @ self._rotation.whole.mT
+    def _seen(self) -> Tensor:
+        """Wv of every eigenvector, ``[draws, groups, kept, d_out]``."""
+        if self._eigen.mixing is None:
+            return self._eigen.vectors @ self._turned.whole.mT
+        return (self._eigen.mixing * self._values.sqrt()[:, None]) @ self._turned.mixed
 
     @cached_property
-    def _turned_gram(self) -> Tensor:
-        return self._turned @ self._turned.mT
+    def _seen_gram(self) -> Tensor:
+        return self._seen @ self._seen.mT
 
     @cached_property
     def _quotients(self) -> Tensor:
         """vᵀWᵀWv of every eigenvector."""
-        return self._turned.square().sum(-1)
+        return self._seen.square().sum(-1)
 
 
 def _divided_differences(values: Tensor, power: float) -> Tensor:
@@ -386,70 +418,9 @@ def _divided_differences(values: Tensor, power: float) -> Tensor:
     return torch.where(close, power * middle.pow(power - 1), quotient) * kept
 
 
-def _commutator(
-    one: Apply, other: Apply, size: tuple[int, ...], generator: torch.Generator, like: Tensor
-) -> Tensor:
-    """‖[A, B]‖_F² of symmetric A and B from random signs z, ``[draws]``."""
-    z = _signs(size, generator, like)
-    return (one(other(z)) - other(one(z))).square().sum((1, 2, 3)) / size[3]
-
-
-def _signs(size: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
-    bits = torch.randint(2, size, generator=generator, device=like.device)
-    return bits.to(like.dtype) * 2 - 1
-
-
-def _level_at_one(
-    weight: Tensor, values: Tensor, gram: Tensor, generator: torch.Generator
-) -> ChanceLevel:
-    """Mean and spread at s = 1 without a decomposition: Γ = WWᵀ(c₁ − c₂·QKQᵀ)WWᵀ.
-
-    c₁ = 1/(‖WᵀW‖‖X‖), c₂ = f/‖X‖², X = WᵀQKQᵀW.
-    """
-    groups, width, columns = weight.shape
-    count = values.shape[1]
-    operations = 2 * groups * count * columns * (count + width)
-    rotations = int(max(1, min(_ROTATIONS, _BUDGET_AT_ONE // operations)))
-    rotation = _Mixing(rotations, weight, generator)
-
-    def shared(z: Tensor) -> Tensor:
-        return gram @ z if width <= columns else weight @ (weight.mT @ z)
-
-    def curvature(z: Tensor) -> Tensor:
-        return rotation.curvature(values, z)
-
-    rows = rotation.rows(count)
-    own = values.sqrt()[..., None] * rows
-    norms = (own @ own.mT).square().sum((1, 2, 3), keepdim=True).sqrt()
-    mixed = (rows @ weight.mT).square()
-    products = (values[..., None] * mixed).sum((1, 2, 3), keepdim=True)
-    first = 1 / (norms * gram.norm())
-    second = first * products / norms.square()
-
-    def gradient(z: Tensor) -> Tensor:
-        inner = shared(z)
-        return shared(first * inner - second * curvature(inner))
-
-    size = (rotations, groups, width, _PROBES)
-    squares = _commutator(curvature, gradient, size, generator, weight)
-    spread = math.sqrt(float(squares.mean()) / width)
-    drawn = float((first * products).mean())
-    closed = _closed_form(width, gram, values)
-    is_elsewhere = abs(drawn - closed) > _APART * spread / math.sqrt(rotations)
-    return _estimated(drawn if is_elsewhere else closed, spread)
-
-
-def _hartley(z: Tensor) -> Tensor:
-    """An orthogonal symmetric transform along the last axis but one, in k·log k operations."""
-    size = z.shape[-2]
-    waves: Tensor = torch.fft.rfft(z, dim=-2, norm="ortho")
-    mirrored = (waves.real + waves.imag)[..., 1 : (size + 1) // 2, :].flip(-2)
-    return torch.cat([waves.real - waves.imag, mirrored], dim=-2)
-
-
 def _closed_form(k: int, gram: Tensor, values: Tensor) -> float:
     """ρ ≈ (tr K/k) tr L² / √(tr L² · [a tr L² + b(tr L² + (tr L)²)]), L = WWᵀ, blocks added."""
-    trace_l2 = gram.square().sum((-1, -2))
+    trace_l2 = torch.linalg.vector_norm(gram, dim=(-1, -2)).square()
     trace_l = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     trace_k, trace_k2 = values.sum(-1), values.square().sum(-1)
     b = (k * trace_k2 - trace_k**2) / (k * (k - 1) * (k + 2))

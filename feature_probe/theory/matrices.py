@@ -9,7 +9,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from feature_probe.theory.factored import Factored, Frame, Lift, framed_rows, moderate, scaled
+from feature_probe.theory.factored import (
+    Factored,
+    Frame,
+    Lift,
+    framed_rows,
+    moderate,
+    row_products,
+    scaled,
+)
 from feature_probe.theory.relations import LayerStatistics, Relation, Side, Sum
 from feature_probe.theory.spectra import (
     PolarRoot,
@@ -44,12 +52,14 @@ class LayerMatrices:
         self._values: dict[Sum, Tensor] = {}
         self._slopes: dict[Sum, tuple[Tensor, int]] = {}
         self._curvatures: dict[Sum, tuple[Tensor, int]] = {}
+        self._rows: dict[Sum, Tensor] = {}
         self._lifted: dict[Sum, Tensor] = {}
         self._roots: dict[Side, PolarRoot] = {}
         self._grams: dict[tuple[Side, bool], Factored] = {}
         self._products: dict[Sum, tuple[Tensor, Tensor]] = {}
         self._residuals: dict[tuple[Side, Sum, bool], float] = {}
-        self._inputs: dict[tuple[Side, Sum], tuple[Tensor, Tensor]] = {}
+        self._facts: dict[tuple[Side, Sum], Factored] = {}
+        self._quotients: dict[tuple[Side, Sum], Tensor] = {}
 
     @cached_property
     def _scaled_weight(self) -> tuple[Tensor, int]:
@@ -80,6 +90,14 @@ class LayerMatrices:
             self._curvatures[needs] = moderate(to_algebra(_present(self._given.sum(needs))))
         return self._curvatures[needs]
 
+    def curvature_rows(self, needs: Sum) -> Tensor | None:
+        """R with RᵀR = K or E in float64, ``[groups, r, d_out]``, where its rows were kept."""
+        if needs not in self._given.rows or self._scaled_curvature(needs)[1]:
+            return None
+        if needs not in self._rows:
+            self._rows[needs] = to_algebra(self._given.rows[needs])
+        return self._rows[needs]
+
     @cached_property
     def input_rows(self) -> tuple[Tensor, Frame | None]:
         """W, or rows with the same Gram matrix in coordinates of W's row space, and those."""
@@ -103,10 +121,11 @@ class LayerMatrices:
             torch.linalg.LinAlgError: if an eigenproblem or SVD does not converge.
         """
         if relation.has_power:
-            return self._power(relation, 1.0 if power is None else power)
+            return self._power(relation, power)
         exponent = self.slope(relation.needs)[1] + self._scaled_weight[1]
         if _is_plain_fact(relation):
-            return replace(self._fact(relation.side, relation.needs), exponent=exponent)
+            fact = self._fact(relation.side, relation.needs)
+            return replace(fact, exponent=exponent) if exponent else fact
         root = self._root(relation.side)
         frame = self.input_rows[1] if relation.side == "forward" else None
         lift = None if frame is None else Lift(root.mixing @ self.weight)
@@ -173,14 +192,27 @@ class LayerMatrices:
         Returns:
             (a, q, ‖N‖_F), a and q of shape ``[kept]``.
         """
+        spectrum = self.spectrum(relation)
+        kept = spectrum.values > 0
+        norm = float(self._square(relation).sqrt())
+        return spectrum.values[kept], self._quotients_of(relation)[kept], norm
+
+    def inner(self, relation: Relation, power: float | None) -> Tensor | None:
+        """⟨N, X⟩ of the factors of both sides, without their exponents; None if not known."""
+        if not relation.has_power:
+            return None
+        weights = self.spectrum(relation).weights(*self._power_and_exponent(relation, power))[0]
+        return (weights * self._quotients_of(relation)).sum()
+
+    def _quotients_of(self, relation: Relation) -> Tensor:
+        """vᵀNv of every eigenvector of AGOP, eNFA, K or E, ``[groups, r]``."""
         key = (relation.side, relation.needs)
-        if key not in self._inputs:
-            spectrum, rows = self.spectrum(relation), self.input_rows[0]
+        if key not in self._quotients:
+            rows = self.input_rows[0]
             seen = rows.mT if relation.side == "forward" else rows
-            quotients = (spectrum.vectors @ seen).square().sum(-1)
-            kept = spectrum.values > 0
-            self._inputs[key] = spectrum.values[kept], quotients[kept]
-        return *self._inputs[key], float(self._square(relation).sqrt())
+            vectors = self.spectrum(relation).vectors
+            self._quotients[key] = (vectors @ seen).square().sum(-1)
+        return self._quotients[key]
 
     def stationarity(self, needs: Sum = "gradient") -> float:
         """‖λW + G‖_F / ‖λW‖_F, or U for G: 0 at rest; NaN if λ = 0 or it was not measured."""
@@ -194,7 +226,7 @@ class LayerMatrices:
         if not self.weight_decay or self._given.sum(needs) is None:
             return float("nan")
         slope, exponent = self.slope(needs)
-        ratio = -(self.weight * slope).sum() / self.weight.square().sum()
+        ratio = -(self.weight * slope).sum() / torch.linalg.vector_norm(self.weight).square()
         return _times_power_of_two(float(ratio), exponent - self._scaled_weight[1])
 
     def spectrum(self, relation: Relation) -> Spectrum:
@@ -211,9 +243,11 @@ class LayerMatrices:
 
     def _input_spectrum(self, needs: Sum) -> Spectrum:
         (weight, frame), tolerance = self.input_rows, self._given.tolerance
-        if weight.shape[1] > weight.shape[2]:  # more rows than columns: WᵀKW is the smaller problem
-            return symmetric_spectrum(weight.mT @ self.curvature(needs) @ weight, tolerance)
-        root = self.curvature_spectrum(needs).rows(1.0)
+        root = self.curvature_rows(needs)
+        if root is None:
+            if weight.shape[1] > weight.shape[2]:  # WᵀKW is the smaller problem
+                return symmetric_spectrum(weight.mT @ self.curvature(needs) @ weight, tolerance)
+            root = self.curvature_spectrum(needs).rows(1.0)
         spectrum = gram_spectrum(root @ weight, tolerance)
         if frame is not None and spectrum.mixing is not None:
             self._lifted[needs] = spectrum.mixing @ root @ self.weight
@@ -223,7 +257,12 @@ class LayerMatrices:
         """Clamped eigenpairs of K or E."""
         key: tuple[Side, Sum] = ("backward", needs)
         if key not in self._spectra:
-            self._spectra[key] = symmetric_spectrum(self.curvature(needs), self._given.tolerance)
+            rows, tolerance = self.curvature_rows(needs), self._given.tolerance
+            self._spectra[key] = (
+                symmetric_spectrum(self.curvature(needs), tolerance)
+                if rows is None
+                else gram_spectrum(rows, tolerance)
+            )
         return self._spectra[key]
 
     def curvature_values(self, needs: Sum) -> Tensor:
@@ -231,15 +270,23 @@ class LayerMatrices:
         if ("backward", needs) in self._spectra:
             return self._spectra["backward", needs].values
         if needs not in self._values:
-            self._values[needs] = symmetric_values(self.curvature(needs), self._given.tolerance)
+            rows = self.curvature_rows(needs)
+            small = self.curvature(needs) if rows is None else rows @ rows.mT
+            self._values[needs] = symmetric_values(small, self._given.tolerance)
         return self._values[needs]
 
-    def _power(self, relation: Relation, power: float) -> Factored:
+    def _power_and_exponent(self, relation: Relation, power: float | None) -> tuple[float, int]:
+        """s, and e of AGOP, eNFA, K or E = 2ᵉX with X as it is scaled here."""
         exponent = self._scaled_curvature(relation.needs)[1]
+        if relation.side == "forward":
+            exponent += 2 * self._scaled_weight[1]
+        return 1.0 if power is None else power, exponent
+
+    def _power(self, relation: Relation, power: float | None) -> Factored:
         spectrum = self.spectrum(relation)
+        power, exponent = self._power_and_exponent(relation, power)
         if relation.side == "backward":
             return spectrum.power(power, exponent=exponent)
-        exponent += 2 * self._scaled_weight[1]
         frame, lifted = self.input_rows[1], self._lifted.get(relation.needs)
         return spectrum.power(power, frame, exponent=exponent, lifted=lifted)
 
@@ -248,7 +295,8 @@ class LayerMatrices:
         if key not in self._grams:
             exponent = 2 * self._scaled_weight[1]
             if side == "backward" and self.weight_gram is not None:
-                thin = replace(self._thin_backward(self.weight_gram), exponent=exponent)
+                thin = Factored.whole(self.weight_gram, symmetric=True)
+                thin = replace(thin, exponent=exponent)
                 self._grams[key] = thin
                 return thin
             thin = Factored.gram(rows, frame, exponent).thin()
@@ -275,7 +323,7 @@ class LayerMatrices:
     def _with_gradient(self, side: Side, matrix: Tensor) -> Factored:
         """WᵀM (forward) or W Mᵀ (backward) for a matrix M of the weight's shape."""
         if side == "backward" and self.weight_gram is not None:
-            return self._thin_backward(self.weight @ matrix.mT)
+            return Factored.whole(self.weight @ matrix.mT)
         rows = self._side_rows(side)
         product = Factored(rows, matrix if side == "forward" else matrix.mT)
         if rows.shape[1] > rows.shape[2]:
@@ -285,12 +333,16 @@ class LayerMatrices:
 
     def _fact(self, side: Side, needs: Sum) -> Factored:
         """−WᵀS (forward) or −W Sᵀ (backward) for the slope S; both sides share the products."""
-        slope = self.slope(needs)[0]
+        if (side, needs) not in self._facts:
+            self._facts[side, needs] = self._new_fact(side, self.slope(needs)[0], needs)
+        return self._facts[side, needs]
+
+    def _new_fact(self, side: Side, slope: Tensor, needs: Sum) -> Factored:
         if self.weight_gram is None:
             return self._with_gradient(side, -slope)
         cross, square = self._slope_products(needs)
         if side == "backward":
-            return self._thin_backward(-cross)
+            return Factored.whole(-cross)
         gram = self._gram("forward", self.weight, None)
         return replace(gram, right=-slope, right_gram=square, cross=-cross, exponent=0, lift=None)
 
@@ -301,26 +353,27 @@ class LayerMatrices:
         """
         gram = self.weight_gram
         if gram is not None:
-            cross, square = self._slope_products(needs)
             exponents = self._scaled_weight[1], self.slope(needs)[1]
             top = max(exponents)
             own, other = (2.0 ** max(exponent - top, -1000) for exponent in exponents)
-            across = own * gram + other * cross
-            if side == "backward":
-                inside = across.square().sum()
-            else:
-                within = own * across + other * (own * cross.mT + other * square)
-                inside = (gram * within).sum()
-            if float(inside) > (_CANCELLED * own) ** 2 * float(gram.square().sum()):
+            squared, across, inside = self._slope_inners(side, needs)
+            inside = own**2 * squared + 2 * own * other * across + other**2 * inside
+            if float(inside) > (_CANCELLED * own) ** 2 * float(squared):
                 return inside, top - self._scaled_weight[1]
         gap, exponent = self._gap(needs)
         return self._with_gradient(side, gap).squared_norm(), exponent
+
+    def _slope_inners(self, side: Side, needs: Sum) -> tuple[Tensor, Tensor, Tensor]:
+        """‖N‖², ⟨N, X⟩ and ‖X‖² of N = WᵀW and X = WᵀS, or WWᵀ and WSᵀ."""
+        gram, fact = self._gram(side, self._side_rows(side), None), self._fact(side, needs)
+        plain = replace(gram, exponent=0)
+        return plain.squared_norm(), -plain.inner(fact), fact.squared_norm()
 
     def _slope_products(self, needs: Sum) -> tuple[Tensor, Tensor]:
         """W Sᵀ and S Sᵀ, ``[groups, d_out, d_out]``."""
         if needs not in self._products:
             slope = self.slope(needs)[0]
-            self._products[needs] = self.weight @ slope.mT, slope @ slope.mT
+            self._products[needs] = self.weight @ slope.mT, row_products(slope)
         return self._products[needs]
 
     @cached_property
@@ -328,17 +381,7 @@ class LayerMatrices:
         """W Wᵀ ``[groups, d_out, d_out]`` where it is the smaller Gram matrix, else None."""
         if self.weight.shape[1] > self.weight.shape[2]:
             return None
-        return self.weight @ self.weight.mT
-
-    def _thin_backward(self, product: Tensor) -> Factored:
-        """A matrix ``[groups, d_out, d_out]`` as it is."""
-        return Factored(self._identity, product, left_gram=self._identity)
-
-    @cached_property
-    def _identity(self) -> Tensor:
-        groups, width, _ = self.weight.shape
-        identity = torch.eye(width, dtype=self.weight.dtype, device=self.weight.device)
-        return identity.expand(groups, -1, -1)
+        return row_products(self.weight)
 
     def _root(self, side: Side) -> PolarRoot:
         if side not in self._roots:

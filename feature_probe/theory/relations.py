@@ -193,6 +193,8 @@ class LayerStatistics:
         bases: What else may take the place of W, where it was asked for and is known: W − W₀, W₀
             and the window's motion, each ``[groups, d_out, d_in]``.
         no_basis: Why one of them is not there.
+        rows: R with RᵀR the sum K, E or K̄, ``[groups, r, d_out]`` with r < d_out, by the sum's
+            name: where the rows behind it were kept, its eigenproblem has their number.
     """
 
     weight: Tensor
@@ -206,6 +208,7 @@ class LayerStatistics:
     jacobian_change: Tensor | None = None
     bases: Mapping[Basis, Tensor] = field(default_factory=dict)
     no_basis: Mapping[Basis, str] = field(default_factory=dict)
+    rows: Mapping[Sum, Tensor] = field(default_factory=dict)
 
     def in_place_of_weight(self, basis: Basis) -> Tensor | None:
         """What takes the place of W, or None."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from feature_probe.theory.factored import Factored, Frame, Lift
+from feature_probe.theory.threads import calm
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,18 @@ class Spectrum:
         """Number of eigenvalues above the clamp, over all blocks."""
         return int((self.values > 0).sum())
 
+    def weights(self, power: float, exponent: int = 0) -> tuple[Tensor, int]:
+        """(w, e) with the eigenvalues of (2ˣX)ˢ = 2ᵉw, x the ``exponent``; w ``[groups, r]``.
+
+        Where no eigenvalue was kept, or one is not finite, they stand as they are.
+        """
+        top = float(self.values.max()) if self.values.numel() else 0.0
+        if not 0 < top < math.inf:
+            return self.values.pow(power), 0
+        binary = power * (math.log2(top) + exponent)
+        whole = math.floor(binary)
+        return (self.values / top).pow(power) * 2.0 ** (binary - whole), whole
+
     def power(
         self,
         power: float,
@@ -46,15 +59,11 @@ class Spectrum:
             exponent: e.
             lifted: The eigenvectors outside the frame, ``[groups, r, d]``.
         """
-        top = float(self.values.max()) if self.values.numel() else 0.0
-        if not 0 < top < math.inf:
-            return Factored.gram(self.rows(power), frame)
-        binary = power * (math.log2(top) + exponent)
-        whole = math.floor(binary)
-        weights = (self.values / top).pow(power) * 2.0 ** (binary - whole)
+        weights, whole = self.weights(power, exponent)
         rows = weights.sqrt()[..., None] * self.vectors
         lift = None if lifted is None else Lift(lifted, weights)
-        return Factored(rows, rows, frame, exponent=whole, lift=lift)
+        gram = torch.diag_embed(weights)
+        return Factored(rows, rows, frame, left_gram=gram, exponent=whole, lift=lift)
 
     def rows(self, exponent: float) -> Tensor:
         """M with Xˢ = MᵀM, shape ``[groups, r, d]``."""
@@ -77,7 +86,8 @@ def symmetric_spectrum(matrix: Tensor, tolerance: float) -> Spectrum:
     Raises:
         torch.linalg.LinAlgError: if the eigenproblem does not converge.
     """
-    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    with calm(matrix):
+        values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     values, rows = values.flip(-1), vectors.flip(-1).mT
     return _clamped(values, rows, tolerance)
 
@@ -88,20 +98,26 @@ def symmetric_values(matrix: Tensor, tolerance: float) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: if the eigenproblem does not converge.
     """
-    values = torch.linalg.eigvalsh((matrix + matrix.mT) / 2).flip(-1)
+    with calm(matrix):
+        values = torch.linalg.eigvalsh((matrix + matrix.mT) / 2).flip(-1)
     keep = _kept(values, tolerance)
     return torch.where(keep, values, 0.0)[:, : _most(keep)]
 
 
-def gram_spectrum(rows: Tensor, tolerance: float) -> Spectrum:
+def gram_spectrum(rows: Tensor, tolerance: float, gram: Tensor | None = None) -> Spectrum:
     """Eigendecomposition of BᵀB from its rows B ``[groups, r, d]``, on the smaller side.
+
+    Args:
+        rows: B.
+        tolerance: Relative clamp τ.
+        gram: BBᵀ ``[groups, r, r]``, where it is known and no larger than BᵀB.
 
     Raises:
         torch.linalg.LinAlgError: if the eigenproblem does not converge.
     """
     if rows.shape[1] > rows.shape[2]:
         return symmetric_spectrum(rows.mT @ rows, tolerance)
-    small = symmetric_spectrum(rows @ rows.mT, tolerance)
+    small = symmetric_spectrum(rows @ rows.mT if gram is None else gram, tolerance)
     mixing = torch.where(small.values > 0, small.values.rsqrt(), 0.0)[..., None] * small.vectors
     return Spectrum(small.values, mixing @ rows, mixing)
 
@@ -154,9 +170,10 @@ def polar_root(left: Tensor, right: Tensor) -> PolarRoot:
     Raises:
         torch.linalg.LinAlgError: if the SVD does not converge.
     """
-    basis, left_triangle = torch.linalg.qr(left.mT)
-    right_triangle = torch.linalg.qr(right.mT, mode="r").R
-    u, s, vh = torch.linalg.svd(left_triangle @ right_triangle.mT, full_matrices=False)
+    with calm(left):
+        basis, left_triangle = torch.linalg.qr(left.mT)
+        right_triangle = torch.linalg.qr(right.mT, mode="r").R
+        u, s, vh = torch.linalg.svd(left_triangle @ right_triangle.mT, full_matrices=False)
     half = u * s.sqrt()[:, None, :]
     known = s > 4 * torch.finfo(s.dtype).eps * s[:, :1]
     # U = R₁R₂ᵀVS⁻¹, so that T = S^{1/2}UᵀQ₁ᵀ = S^{-1/2}VᵀR₂·L
