@@ -151,7 +151,7 @@ class LayerMatrices:
             ratio = float((difference / self._square(relation)).sqrt())
             return _times_power_of_two(ratio, exponent)
         root = self._root(relation.side)
-        small = root.triangle @ root.triangle.mT
+        small = row_products(root.triangle)
         difference, exponent = _added(
             (root.root, self.slope(relation.needs)[1]), (-small, self._scaled_weight[1])
         )

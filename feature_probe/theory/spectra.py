@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from feature_probe.theory.factored import Factored, Frame, Lift
+from feature_probe.theory.factored import Factored, Frame, Lift, row_products
 from feature_probe.theory.threads import calm
 
 
@@ -141,41 +142,75 @@ def _most(keep: Tensor) -> int:
     return max(int(keep.sum(-1).max()), 1) if keep.numel() else 0
 
 
-@dataclass(frozen=True)
 class PolarRoot:
-    """√(XXᵀ) of X = LᵀR, in the orthonormal basis Q of the columns of Lᵀ = Q·R₁.
+    """√(XXᵀ) of X = LᵀR, in an orthonormal basis Q of the columns of Lᵀ = Q·R₁.
+
+    Args:
+        triangle: R₁, ``[groups, m, k]``.
+        right: R, ``[groups, k, d]``.
+        basis: Q, ``[groups, d, m]``; None for the coordinates that L is given in.
 
     Attributes:
-        root: The small symmetric matrix S with √(XXᵀ) = Q S Qᵀ, shape ``[groups, m, m]``.
-        triangle: R₁, shape ``[groups, m, k]``, so that LᵀL = Q (R₁R₁ᵀ) Qᵀ in the same basis.
-        rows: T with √(XXᵀ) = TᵀT, shape ``[groups, m, d]``.
-        mixing: C with T = C·L, shape ``[groups, m, k]``; 0 where a singular value is rounding.
+        triangle: R₁, so that LᵀL = Q (R₁R₁ᵀ) Qᵀ.
+
+    Raises:
+        torch.linalg.LinAlgError: if the eigenproblem does not converge.
     """
 
-    root: Tensor
-    triangle: Tensor
-    rows: Tensor
-    mixing: Tensor
+    def __init__(self, triangle: Tensor, right: Tensor, basis: Tensor | None = None) -> None:
+        self.triangle, self._right, self._basis = triangle, right, basis
+        product = triangle @ right
+        with calm(product):
+            self._left = torch.linalg.eigh(row_products(product)).eigenvectors
+        self._turned = self._left.mT @ product  # σⱼvⱼᵀ
+        # not the roots of the eigenvalues, which are good to 1e-8 of the largest alone
+        self._values = torch.linalg.vector_norm(self._turned, dim=-1)
+
+    @cached_property
+    def _half(self) -> Tensor:
+        half: Tensor = self._left * self._values.sqrt()[:, None, :]
+        return half
+
+    @cached_property
+    def root(self) -> Tensor:
+        """The small symmetric matrix S with √(XXᵀ) = Q S Qᵀ, shape ``[groups, m, m]``."""
+        return row_products(self._half)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """T with √(XXᵀ) = TᵀT, shape ``[groups, m, d]``."""
+        half = self._half if self._basis is None else self._basis @ self._half
+        return half.mT
+
+    @cached_property
+    def mixing(self) -> Tensor:
+        """C with T = C·L, shape ``[groups, m, k]``; 0 where a singular value is rounding.
+
+        U = LᵀRVΣ⁻¹, so that T = Σ^{1/2}Uᵀ = Σ^{-1/2}VᵀRᵀ·L.
+        """
+        values = self._values
+        floor = math.sqrt(torch.finfo(values.dtype).eps) * values.amax(-1, keepdim=True)
+        known = values > floor
+        weights = torch.where(known, values, 1.0).pow(-1.5) * known
+        mixing: Tensor = weights[..., None] * (self._turned @ self._right.mT)
+        return mixing
 
 
 def polar_root(left: Tensor, right: Tensor) -> PolarRoot:
-    """√(XXᵀ) of X = LᵀR without forming XXᵀ, whose spectrum would be squared.
+    """√(XXᵀ) of X = LᵀR by the eigenvectors U of XXᵀ and the lengths of UᵀX.
 
-    With Lᵀ = Q₁R₁, Rᵀ = Q₂R₂ and the SVD R₁R₂ᵀ = U S Vᵀ, √(XXᵀ) = Q₁ U S Uᵀ Q₁ᵀ.
+    The lengths are the singular values to the precision of X. Directions whose singular values are
+    below 1e-8 of the largest mix among themselves, which moves the root by no more than those.
 
     Args:
         left: L, shape ``[groups, k, d]``, or in a frame; the result is in the same coordinates.
         right: R, shape ``[groups, k, d]``, in any orthonormal coordinates: they drop out.
 
     Raises:
-        torch.linalg.LinAlgError: if the SVD does not converge.
+        torch.linalg.LinAlgError: if the eigenproblem does not converge.
     """
+    if left.shape[1] >= left.shape[2]:
+        return PolarRoot(left.mT, right)
     with calm(left):
-        basis, left_triangle = torch.linalg.qr(left.mT)
-        right_triangle = torch.linalg.qr(right.mT, mode="r").R
-        u, s, vh = torch.linalg.svd(left_triangle @ right_triangle.mT, full_matrices=False)
-    half = u * s.sqrt()[:, None, :]
-    known = s > 4 * torch.finfo(s.dtype).eps * s[:, :1]
-    # U = R₁R₂ᵀVS⁻¹, so that T = S^{1/2}UᵀQ₁ᵀ = S^{-1/2}VᵀR₂·L
-    mixing = torch.where(known, s.rsqrt(), 0.0)[..., None] * (vh @ right_triangle)
-    return PolarRoot(half @ half.mT, left_triangle, (basis @ half).mT, mixing)
+        basis, triangle = torch.linalg.qr(left.mT)
+    return PolarRoot(triangle, right, basis)
