@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop, baddbmm_flop
 #: c, from few to many; the first and the last are compared.
 OUTPUTS = (4, 16, 64)
 #: Memory and time: an array [n, c, d] of one layer is 32 MiB at the most outputs.
-SIZE, QUICK = Size(width=512, depth=4, batch=256), Size(width=256, depth=2, batch=256)
+SIZE, QUICK = Size(width=512, depth=4, batch=256), Size(width=256, depth=2, batch=128)
 #: Counted: widths that tell d_out × d_in from d_out × d_out, and from the batch.
 WIDTHS, BATCH = (24, 40, 56, 32), 72
 
