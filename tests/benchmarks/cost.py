@@ -3,8 +3,10 @@
 Parts, for every model: ``steps`` (plain, idle, FACT on every step, inside a window, with a report),
 ``long`` (the default settings end to end), ``memory`` (in a process of its own), ``alternatives``
 (other people's code, on the MLP and resnet18); and once ``idle`` (a model so small that nothing
-hides the probe) and ``layers`` (one layer's report against dense algebra). Training is SGD with
-momentum 0.9 and weight decay 5e-4, float32 on the CPU, bfloat16 autocast on CUDA.
+hides the probe), ``layers`` (one layer's report against dense algebra), ``growth`` (with width,
+depth, batch, positions and outputs), ``exact`` (exact Jacobians: passes, memory, time) and
+``accuracy`` (scores from bfloat16 rows). Training is SGD with momentum 0.9 and weight decay 5e-4,
+float32 on the CPU, bfloat16 autocast on CUDA.
 
     pip install -e '.[benchmarks]'                  # the alternatives; what is missing is left out
     pip install --no-deps --target ELSEWHERE opacus==1.6.0 kronfluence==1.0.1      # two more, with
@@ -31,14 +33,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cost_accuracy import accuracy
 from cost_alternatives import FITTING, alternatives, quietly
+from cost_exact import exact
+from cost_growth import growth
 from cost_layers import layers
 from cost_models import MODELS, Recipe
 from cost_parts import idle, long_runs, memory, steps
 from cost_tables import markdown
 
 #: Parts of every model, and those measured once.
-BY_MODEL, ONCE = ("steps", "long", "memory", "alternatives"), ("idle", "layers")
+BY_MODEL = ("steps", "long", "memory", "alternatives")
+ONCE = ("idle", "layers", "growth", "exact", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,13 @@ class Effort:
         quick: Whether only to see that everything runs.
         seconds: Of a probed long run.
         limit: Seconds after which no further round of a part is begun, after three.
+        short: The same for a point of ``growth``; for one of ``exact`` ten times as many.
     """
 
     quick: bool
     seconds: float
     limit: float = 90.0
+    short: float = 1.0
 
     def of_model(self, part: str, name: str) -> Any:
         """Measure a part of a model."""
@@ -69,9 +77,15 @@ class Effort:
 
     def once(self, part: str) -> Any:
         """Measure a part that is of no model."""
-        if part == "idle":
-            return idle("tiny", 5 if self.quick else 40, 50 if self.quick else 300)
-        return layers(2 if self.quick else 7, quick=self.quick)
+        quick = self.quick
+        work: dict[str, Callable[[], Any]] = {
+            "idle": lambda: idle("tiny", 5 if quick else 40, 50 if quick else 300),
+            "layers": lambda: layers(2 if quick else 7, quick=quick),
+            "growth": lambda: growth(self.short, quick=quick),
+            "exact": lambda: exact(1 if quick else 7, 10 * self.short, quick=quick),
+            "accuracy": lambda: accuracy(quick=quick),
+        }
+        return work[part]()
 
 
 def environment() -> dict[str, Any]:

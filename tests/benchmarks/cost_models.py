@@ -176,11 +176,11 @@ class Training:
     """A model, its SGD and its batches: the loop of every mode.
 
     Args:
-        name: In :data:`MODELS` or :data:`SMALL`.
+        given: A recipe, or the name of one in :data:`MODELS` or :data:`SMALL`.
     """
 
-    def __init__(self, name: str) -> None:
-        recipe = (MODELS | SMALL)[name]
+    def __init__(self, given: str | Recipe) -> None:
+        recipe = given if isinstance(given, Recipe) else (MODELS | SMALL)[given]
         torch.manual_seed(0)
         self.device = torch.device("cuda" if recipe.needs_cuda else "cpu")
         self.model = recipe.make().to(self.device)

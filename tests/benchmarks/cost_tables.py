@@ -6,7 +6,10 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import cost_accuracy
+import cost_exact
 import cost_figures as figures
+import cost_growth
 from cost_alternatives import PACKAGES
 from cost_models import MODELS
 from cost_parts import LEFT_OUT, MEMORY_SETS, RELATION_SETS, WINDOW
@@ -186,6 +189,91 @@ def _idle(found: Found) -> list[str]:
     return _table("An idle probe", told, head, [[f"{plain:.1f}", *shown]])
 
 
+def _growth(found: Found) -> list[str]:
+    base = cost_growth.BASE
+    told = (
+        f"Of a perceptron with {base.depth} hidden layers of width {base.width}, batch "
+        f"{base.batch}, {base.positions} position and {base.outputs} outputs, one quantity varied: "
+        "the e in cost ∝ sizeᵉ, by least squares on the logarithms of the last "
+        f"{cost_growth.FITTED} sizes; in brackets the cost at the largest. By matrix products "
+        "steps grow with the width's square, with depth, batch and positions, and with the outputs "
+        "where the Jacobian is exact; reports with the width's cube and with depth; what is held "
+        "with the width's square and with depth. A report draws its levels by chance as often as "
+        "is affordable, so that its time does not follow from the sizes alone."
+    )
+    head = (
+        "quantity", "Jacobian", "sizes", "plain step", "a window's step adds", "a report",
+        "bytes held",
+    )  # fmt: skip
+    body = []
+    for series in found.get("growth", []):
+        fitted, last = cost_growth.exponents(series), cost_growth.costs(series["points"][-1])
+        shown = {
+            "plain": f"{1e3 * last['plain']:.1f} ms", "step": f"{1e3 * last['step']:.1f} ms",
+            "report": f"{last['report']:.2f} s", "bytes": f"{last['bytes'] / 2**20:.1f} MiB",
+        }  # fmt: skip
+        sizes = ", ".join(map(str, series["sizes"]))
+        body.append([
+            series["quantity"], series["jacobian"], sizes,
+            *(f"{fitted[cost]:.2f} ({shown[cost]})" for cost in cost_growth.COSTS),
+        ])  # fmt: skip
+    return _table("How the cost grows", told, head, body)
+
+
+def _exact(found: Found) -> list[str]:
+    size = cost_exact.SIZE
+    told = (
+        'A step inside a window with `jacobian="exact"` beyond a plain one, at c outputs. Counted '
+        f"on a perceptron {'-'.join(map(str, cost_exact.WIDTHS))}-c, batch {cost_exact.BATCH}: "
+        "backward passes through every hidden layer, matrix products that form a weight's "
+        "gradient, FLOPs over those of c activation-only backward passes, as many Gram sums for K "
+        f"and one for E. Measured with {size.depth} hidden layers of width {size.width}, batch "
+        f"{size.batch}: the peak in a process of its own, beside an array [n, c, d] of one layer; "
+        "and the seconds that an output adds, in activation-only backward passes of the same round "
+        "(from the output to the first layer's, weights without gradients), beside what the matrix "
+        "products alone come to."
+    )
+    head = (
+        "c", "passes / c", "weight gradients", "FLOPs / theory", "peak, MiB", "[n, c, d], MiB",
+        "an output's passes of time", "by products",
+    )  # fmt: skip
+    body = [
+        [
+            str(one["outputs"]), f"{cost_exact.passes_each(one):g}", str(one["weight_products"]),
+            f"{cost_exact.of_theory(one):.3f}", f"{one['peak'] / 2**20:.1f}",
+            f"{one['array'] / 2**20:g}", _spread(cost_exact.seconds_each(one), ".2f"),
+            f"{cost_exact.products_each(one):.2f}",
+        ]
+        for one in found.get("exact", [])
+    ]  # fmt: skip
+    return _table("Exact Jacobians", told, head, body)
+
+
+def _accuracy(found: Found) -> list[str]:
+    told = (
+        "Rows of the Jacobian and the loss's gradients that arrive in bfloat16 (from an autocast, "
+        "or from a model that is all bfloat16) in batches of "
+        f"{cost_accuracy.BATCH}, summed by `measure`; singular values fall off as 1/j. *Off*: how "
+        "far cosine and Pearson's r are from those of the same rows in float64, with the same "
+        "eigenvalue clamp. *Unrounded*: how far those in float64 are from rows that were never "
+        "rounded to bfloat16."
+    )
+    head = (
+        "layer", "bfloat16 by", "rows", "relation", "cosine", "cosine off", "pearson off",
+        "cosine, unrounded", "pearson, unrounded",
+    )  # fmt: skip
+    body = [
+        [
+            f"{one['width']} × {one['width']}", one["way"], f"{one['rows']:,}", label,
+            f"{pair[0]:.4f}", *(f"{each:.1e}" for each in one["summed"][label]),
+            *(f"{each:.1e}" for each in one["rounded"][label]),
+        ]
+        for one in found.get("accuracy", [])
+        for label, pair in one["float64"].items()
+    ]  # fmt: skip
+    return _table("Scores from bfloat16 rows", told, head, body)
+
+
 def _alternatives(found: Found) -> list[str]:
     told = (
         "A step with other code's statistics, in plain steps of the same model on the same batch, "
@@ -252,7 +340,8 @@ def markdown(found: Found) -> str:
         f"process; a turn is one step that does not count and {WINDOW - 1} that do. {said}.",
         "",
         *_targets(found), *_steps(found), *_idle(found), *_reports(found), *_layers(found),
-        *_long_runs(found), *_memory(found), *_alternatives(found), *_published(),
+        *_long_runs(found), *_memory(found), *_growth(found), *_exact(found), *_accuracy(found),
+        *_alternatives(found), *_published(),
     ]  # fmt: skip
     if skipped:
         lines += ["## Not run", "", *skipped, ""]

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import cost_accuracy
+import cost_exact
 import cost_figures as figures
 from cost_layers import SIZES
 from cost_models import MODELS
@@ -23,6 +25,11 @@ OF_MATMUL, OF_BANDWIDTH = 1.1, 2.0
 #: Seconds of a whole report, by model and relations.
 REPORTS = {("resnet18", "forward"): 0.8, ("resnet18", "all"): 1.4, ("mlp", "forward"): 0.3}
 SAME_NUMBERS = 1e-9
+#: An exact Jacobian: backward passes per output, products that form weight gradients, FLOPs in
+#: those of its passes and Gram sums; the peak at the most outputs over that at the fewest.
+EXACT_PASSES, EXACT_WEIGHTS, EXACT_FLOPS, EXACT_MEMORY = 1.0, 0.0, 1.0, 1.1
+#: Of any score, from bfloat16 rows against float64.
+BF16 = 2e-3
 #: Bytes held, in bytes of the parameters; and how near the estimate is to be.
 HELD, NEAR = {"K and E": 2.0, "default": 3.0}, 0.05
 
@@ -35,7 +42,7 @@ def rows(found: Found) -> list[list[str]]:
         for part, judge in _JUDGES.items():
             if part in parts:
                 table += [[row[0], recipe.title, *row[1:]] for row in judge(name, parts[part])]
-    return [*table, *_layers(found)]
+    return [*table, *_layers(found), *_exact(found), *_accuracy(found)]
 
 
 def _idle(found: Found) -> Iterator[list[str]]:
@@ -120,4 +127,34 @@ def _layers(found: Found) -> Iterator[list[str]]:
         yield [
             "the same numbers", name, f"≤ {SAME_NUMBERS:g}", f"{one['difference']:.1e}",
             figures.verdict(one["difference"], SAME_NUMBERS),
+        ]  # fmt: skip
+
+
+def _exact(found: Found) -> Iterator[list[str]]:
+    counted = found.get("exact", [])
+    if not counted:
+        return
+    for one in counted:
+        name = f"perceptron, {one['outputs']} outputs"
+        judged = (
+            _judged(
+                "exact Jacobian: backward passes / c", cost_exact.passes_each(one), EXACT_PASSES
+            ),
+            _judged("the same: weight gradients formed", one["weight_products"], EXACT_WEIGHTS),
+            _judged("the same: FLOPs / c passes and sums", cost_exact.of_theory(one), EXACT_FLOPS),
+        )
+        yield from ([row[0], name, *row[1:]] for row in judged)
+    name = f"perceptron, {counted[0]['outputs']} and {counted[-1]['outputs']} outputs"
+    figure = "the same: peak of a window's step, most / fewest outputs"
+    row = _judged(figure, cost_exact.peak_ratio(counted), EXACT_MEMORY)
+    yield [row[0], name, *row[1:]]
+
+
+def _accuracy(found: Found) -> Iterator[list[str]]:
+    for one in found.get("accuracy", []):
+        off = cost_accuracy.worst(one)
+        yield [
+            f"scores from {one['rows']:,} rows in bfloat16, off float64",
+            f"layer {one['width']} × {one['width']}, {one['way']}", f"≤ {BF16:g}", f"{off:.1e}",
+            figures.verdict(off, BF16),
         ]  # fmt: skip
