@@ -100,7 +100,7 @@ def motion(
     loss = decay or 0.0
     noise = _NAN
     if gradient is not None and path.steps > 1:
-        spread = slopes / path.steps - float(to_algebra(gradient).square().sum())
+        spread = slopes / max(path.slopes, 1) - float(to_algebra(gradient).square().sum())
         noise = math.sqrt(max(spread, 0.0) / (path.steps - 1))
     drift, span = _norm_drift(path, age, squared_norm)
     return Motion(

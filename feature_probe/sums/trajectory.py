@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from feature_probe.theory.matrices import to_algebra
 
 #: Steps whose scalars are kept, of this window and those before it.
 RING = 32
+#: Beyond so many steps of a window, numbers per row are read of every so-manieth alone.
+_SPARSE = 8
 #: Reports whose norms are kept; older ones are thinned out.
 _HISTORY, _RECENT = 64, 16
 _NAN = float("nan")
@@ -43,6 +45,8 @@ class Path:
         counted: Of the same steps, whether the optimizer took them; None where it surely did.
         steps: Steps of this window.
         totals: Σ_t of ⟨W,G⟩, ‖W‖², ‖G‖² over them, ``[3]``, float64.
+        slopes: Those of them whose ‖G‖² is in it: at least the first 32 and then every eighth.
+        latest: The same three numbers of the latest step.
         moved: Σ_t ‖W_{t+1} − W_t‖²/η_t over all but the latest of them, where the optimizer's state
             tells; None where it does not.
         crossed: The same for η_t⟨u_t, b_{t+1}⟩ under Nesterov momentum, with u = −ΔW/η.
@@ -60,6 +64,8 @@ class Path:
     counted: deque[Tensor | None] = field(default_factory=lambda: deque(maxlen=RING))
     steps: int = 0
     totals: Tensor | None = None
+    slopes: int = 0
+    latest: Tensor | None = None
     moved: Tensor | None = None
     crossed: Tensor | None = None
     behind: Tensor | None = None
@@ -72,8 +78,9 @@ class Path:
 
     def open(self) -> None:
         """A new window begins; the ring and the history go on."""
-        self.steps, self.rate, self.last_rate, self.decays = 0, 0.0, 0.0, None
-        self.totals = self.moved = self.crossed = self.behind = None
+        self.steps, self.slopes, self.decays = 0, 0, None
+        self.rate = self.last_rate = 0.0
+        self.totals = self.latest = self.moved = self.crossed = self.behind = None
         self.start = self.weighted = None
 
     def note(self, age: float, squared_norm: float) -> None:
@@ -153,20 +160,22 @@ class Trajectory:
         path = self.path(target)
         weight = target.matrix(parameter.detach())
         slope = target.gradient_matrix(gradient.detach())
-        rows = _scalars(weight.flatten(0, 1), slope.flatten(0, 1), scale)
-        path.ring.append(rows)
-        path.counted.append(taken)
-        bias = _bias(target)
-        if bias is not None and bias.grad is not None:
-            part = _scalars(bias.detach()[:, None], bias.grad.detach()[:, None], scale)
-            own = part if target.part is None else part[:, target.part[0] : target.part[1]]
-            path.bias.append(own)
+        if path.steps < RING or path.steps % _SPARSE == 0:
+            total = self._by_row(path, target, weight, slope, scale, taken)
+            path.slopes += 1
+        else:
+            # without momentum ‖G‖² says how far the step went
+            known = _is_plain_sgd(optimizer) and not group.get("momentum")
+            total = _scalars_of_all(weight, slope, scale, known=known)
+            path.slopes += known
         self._follow(path, target, optimizer, group, weight)
         rate = _rate(group)
         if taken is not None:  # what a fused optimizer skips moves nothing
-            rows = torch.where(taken, rows, torch.zeros_like(rows))
+            total = torch.where(taken, total, torch.zeros_like(total))
             rate = torch.where(taken, torch.as_tensor(rate, device=taken.device), 0.0)
-        self._add(path, rows, weight, rate, keep_sum=keep_sum)
+        path.latest = total
+        path.totals = total if path.totals is None else _beside(path.totals, total) + total
+        self._add(path, weight, rate, keep_sum=keep_sum)
         decay = float(group.get("weight_decay") or 0.0)
         low, high = path.decays or (decay, decay)
         path.decays = min(low, decay), max(high, decay)
@@ -188,17 +197,34 @@ class Trajectory:
         self._previous.clear()
         self._paths = {name: _restored(kept) for name, kept in state.items()}
 
+    def _by_row(
+        self,
+        path: Path,
+        target: Target,
+        weight: Tensor,
+        slope: Tensor,
+        scale: float | Tensor,
+        taken: Tensor | None,
+    ) -> Tensor:
+        """Add a step to the ring; ⟨W,G⟩, ‖W‖², ‖G‖² ``[3]``."""
+        rows = _scalars(weight.flatten(0, 1), slope.flatten(0, 1), scale)
+        path.ring.append(rows)
+        path.counted.append(taken)
+        bias = _bias(target)
+        if bias is not None and bias.grad is not None:
+            part = _scalars(bias.detach()[:, None], bias.grad.detach()[:, None], scale)
+            own = part if target.part is None else part[:, target.part[0] : target.part[1]]
+            path.bias.append(own)
+        return _wide(rows).sum(-1)
+
     def _add(
         self,
         path: Path,
-        rows: Tensor,
         weight: Tensor,
         rate: float | Tensor,
         *,
         keep_sum: bool,
     ) -> None:
-        total = _wide(rows).sum(-1)
-        path.totals = total if path.totals is None else _beside(path.totals, total) + total
         if path.start is None:
             path.start = weight.clone()
         if keep_sum:
@@ -222,7 +248,7 @@ class Trajectory:
         weight: Tensor,
     ) -> None:
         """What the step before this one did, read from the state it left: SGD's tells."""
-        if not isinstance(optimizer, SGD) or type(optimizer).step is not SGD.step:
+        if not _is_plain_sgd(optimizer):
             return
         nesterov = bool(group.get("nesterov"))
         before = self._previous.pop(target.name, None)
@@ -236,11 +262,11 @@ class Trajectory:
                 path.crossed = (
                     cross if path.crossed is None else _beside(path.crossed, cross) + cross
                 )
-                moved = _total(_squares(change)) * path.last_rate
+                moved = _square(change) * path.last_rate
             elif not nesterov and group.get("momentum") and buffer is not None:
-                moved = _total(_squares(target.matrix(buffer.detach()))) * path.last_rate
-            elif not group.get("momentum"):
-                moved = _plain_change(path, group) * path.last_rate
+                moved = _square(target.matrix(buffer.detach())) * path.last_rate
+            elif not group.get("momentum") and path.latest is not None:
+                moved = _plain_change(path.latest, group) * path.last_rate
             if moved is not None:
                 path.moved = moved if path.moved is None else _beside(path.moved, moved) + moved
                 path.behind = path.totals[1].clone()
@@ -248,9 +274,14 @@ class Trajectory:
             self._previous[target.name] = weight.clone()
 
 
-def _plain_change(path: Path, group: Mapping[str, Any]) -> Tensor:
-    """‖G + λW‖² of the step before this one, from its scalars: without momentum, of −ΔW/η."""
-    dot, weight, gradient = _wide(path.ring[-2]).sum(-1)
+def _is_plain_sgd(optimizer: Optimizer | None) -> TypeGuard[SGD]:
+    """Whether it steps as torch's own does."""
+    return isinstance(optimizer, SGD) and type(optimizer).step is SGD.step
+
+
+def _plain_change(latest: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """‖G + λW‖² from ⟨W,G⟩, ‖W‖², ‖G‖²: without momentum, of −ΔW/η."""
+    dot, weight, gradient = latest
     decay = float(group.get("weight_decay") or 0.0)
     squared: Tensor = gradient + 2 * decay * dot + decay**2 * weight
     return squared.clamp_min(0.0)
@@ -265,6 +296,30 @@ def _scalars(weight: Tensor, gradient: Tensor, scale: float | Tensor) -> Tensor:
     if not isinstance(scale, float) or scale != 1.0:
         dot, other = dot / scale, other / scale**2
     return torch.stack([dot, own, other])
+
+
+def _scalars_of_all(
+    weight: Tensor, gradient: Tensor, scale: float | Tensor, *, known: bool
+) -> Tensor:
+    """``[3]``, float64: ⟨W, G⟩, ‖W‖² and, where it is to be ``known``, ‖G‖², else 0."""
+    gradient = gradient.to(weight.dtype)
+    dot = _wide(_dot(weight, gradient)) / scale
+    other = _square(gradient) / scale**2 if known else torch.zeros_like(dot)
+    return torch.stack([dot, _square(weight), other])
+
+
+def _square(matrix: Tensor) -> Tensor:
+    """‖M‖², float64."""
+    return _wide(_dot(matrix, matrix))
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    """⟨A, B⟩, in float32 or wider; in one pass where they lie in memory alike."""
+    if one.dtype not in (torch.float32, torch.float64):
+        one, other = one.float(), other.float()
+    if one.is_contiguous() and other.is_contiguous():
+        return torch.dot(one.view(-1), other.view(-1))
+    return _dots(one.flatten(0, -2), other.flatten(0, -2)).sum()
 
 
 def _dots(one: Tensor, other: Tensor) -> Tensor:
@@ -317,10 +372,7 @@ def _copied(value: Any) -> Any:
 
 
 def _plain(path: Path) -> dict[str, Any]:
-    kept = {
-        name: _copied(getattr(path, name))
-        for name in ("steps", "totals", "moved", "crossed", "behind", "start", "weighted")
-    }
+    kept = {name: _copied(getattr(path, name)) for name in ("steps", "slopes", *_TENSORS)}
     return kept | {
         "rate": float(path.rate),
         "last_rate": float(path.last_rate),
@@ -341,4 +393,5 @@ def _restored(kept: Mapping[str, Any]) -> Path:
     return path
 
 
+_TENSORS = ("totals", "latest", "moved", "crossed", "behind", "start", "weighted")
 _REBUILT = ("decays", "history", "ring", "bias", "counted")

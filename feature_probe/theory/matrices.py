@@ -218,16 +218,31 @@ class LayerMatrices:
         """‖λW + G‖_F / ‖λW‖_F, or U for G: 0 at rest; NaN if λ = 0 or it was not measured."""
         if not self.weight_decay or self._given.sum(needs) is None:
             return float("nan")
-        gap, exponent = self._gap(needs)
-        return _times_power_of_two(float(gap.norm() / self.weight.norm()), exponent)
+        own, other = self._scaled_weight[1], self.slope(needs)[1]
+        if self._has_products(needs) and own == other == 0:
+            cross, square = (_trace(product) for product in self._slope_products(needs))
+            weight = _trace(_present(self.weight_gram))
+            gap = weight + 2 * cross + square  # ‖W + G/λ‖²
+            if gap > _CANCELLED**2 * weight:
+                return math.sqrt(gap / weight)
+        difference, exponent = self._gap(needs)
+        return _times_power_of_two(float(difference.norm() / self.weight.norm()), exponent)
+
+    def _has_products(self, needs: Sum) -> bool:
+        return needs in self._products and self.weight_gram is not None
 
     def decay_ratio(self, needs: Sum = "gradient") -> float:
         """λ̂/λ = −⟨W, G⟩/(λ‖W‖²) = tr FACT / tr WᵀW, or U for G; NaN if λ = 0."""
         if not self.weight_decay or self._given.sum(needs) is None:
             return float("nan")
         slope, exponent = self.slope(needs)
-        ratio = -(self.weight * slope).sum() / torch.linalg.vector_norm(self.weight).square()
-        return _times_power_of_two(float(ratio), exponent - self._scaled_weight[1])
+        if self._has_products(needs):
+            cross, square = _trace(self._products[needs][0]), _trace(_present(self.weight_gram))
+        else:
+            cross = float((self.weight * slope).sum())
+            square = float(torch.linalg.vector_norm(self.weight).square())
+        ratio = -cross / square
+        return _times_power_of_two(ratio, exponent - self._scaled_weight[1])
 
     def spectrum(self, relation: Relation) -> Spectrum:
         """Clamped eigenpairs of AGOP or eNFA (forward), K or E (backward), shared by all powers.
@@ -243,11 +258,10 @@ class LayerMatrices:
 
     def _input_spectrum(self, needs: Sum) -> Spectrum:
         (weight, frame), tolerance = self.input_rows, self._given.tolerance
-        root = self.curvature_rows(needs)
-        if root is None:
-            if weight.shape[1] > weight.shape[2]:  # WᵀKW is the smaller problem
-                return symmetric_spectrum(weight.mT @ self.curvature(needs) @ weight, tolerance)
-            root = self.curvature_spectrum(needs).rows(1.0)
+        if weight.shape[1] > weight.shape[2] and self.curvature_rows(needs) is None:
+            # WᵀKW is the smaller problem
+            return symmetric_spectrum(weight.mT @ self.curvature(needs) @ weight, tolerance)
+        root = self.curvature_spectrum(needs).rows(1.0)
         spectrum = gram_spectrum(root @ weight, tolerance)
         if frame is not None and spectrum.mixing is not None:
             self._lifted[needs] = spectrum.mixing @ root @ self.weight
@@ -389,6 +403,11 @@ class LayerMatrices:
             slope = self.slope("gradient")[0]
             self._roots[side] = polar_root(rows, slope if side == "forward" else slope.mT)
         return self._roots[side]
+
+
+def _trace(blocks: Tensor) -> float:
+    """The sum of the traces."""
+    return float(blocks.diagonal(dim1=1, dim2=2).sum())
 
 
 def _is_plain_fact(relation: Relation) -> bool:
