@@ -21,6 +21,7 @@ from feature_probe.reports.scoring import LayerFacts, score_layer
 from feature_probe.sums.jacobian import JacobianSettings
 from feature_probe.sums.outer import KEPT, sum_dtype
 from feature_probe.sums.trajectory import RING
+from feature_probe.theory.projection import MAX_DIM, Subspace
 from feature_probe.theory.relations import (
     LayerStatistics,
     Relation,
@@ -129,7 +130,7 @@ def estimate_cost(
     jacobian: Literal["exact", "random"] = "random",
     num_probes: int = 1,
     window: int = 4,
-    max_dim: int = 8192,
+    max_dim: int = MAX_DIM,
     jackknife: int | None = None,
 ) -> Estimate:
     """What probing ``model`` on batches like ``sample`` will cost.
@@ -149,7 +150,7 @@ def estimate_cost(
         jacobian: "exact" or "random".
         num_probes: Random products per forward pass.
         window: Steps per window; with one, no second set of sums is held.
-        max_dim: Widest d_out with K and E.
+        max_dim: Dimension of the subspace of wider layers.
         jackknife: Groups, for what ``measure(jackknife=...)`` will hold: no window, no path.
 
     Raises:
@@ -207,9 +208,9 @@ def _layer(
 ) -> LayerEstimate:
     """One layer's share; ``passes`` go into a window, None: it is not known how many."""
     kinds = needs & {"jacobian", "loss", "jacobian_change"}
-    grams = kinds if target.d_out <= max_dim else frozenset()
+    width = min(target.d_out, max_dim)
     weight = target.groups * target.d_out * target.d_in
-    square = target.groups * target.d_out**2
+    square = target.groups * width**2
     dtypes = [p.dtype for p in target.module.parameters() if p.is_floating_point()]
     size = sum_dtype(dtypes[0] if dtypes else torch.float32).itemsize
     path = RING * 6 * size * target.groups * target.d_out
@@ -218,10 +219,10 @@ def _layer(
     else:
         path = 0
     held = 0
-    for kind in grams:
+    for kind in kinds:
         kept = None if passes is None else passes * rows * (1 if kind == "loss" else products)
-        few = kept is not None and kept <= KEPT * target.d_out
-        held += target.groups * target.d_out * kept if kept is not None and few else square
+        few = kept is not None and kept <= KEPT * width
+        held += target.groups * width * kept if kept is not None and few else square
     repeats = products * len(kinds - {"loss"}) + ("loss" in needs)
     return LayerEstimate(
         layer=target.name,
@@ -230,7 +231,7 @@ def _layer(
         path_bytes=path,
         sum_bytes=size * (held + weight * ("gradient" in needs)),
         forward_flops=2.0 * rows * weight,
-        gram_flops=2.0 * rows * square * repeats if grams else 0.0,
+        gram_flops=2.0 * rows * square * repeats,
     )
 
 
@@ -286,13 +287,13 @@ def _report_seconds(
         if shape in timed:
             continue
         weight, gradient = (torch.randn(shape, generator=generator) for _ in range(2))
-        square = None
-        if shape[1] <= max_dim:
-            rows = torch.randn((*shape[:2], shape[1]), generator=generator)
-            square = rows @ rows.mT
+        width = min(shape[1], max_dim)
+        rows = torch.randn((shape[0], width, width), generator=generator)
+        square = rows @ rows.mT
         statistics = LayerStatistics(
-            weight, gradient, square, square, 1.0, clamp_tolerance(torch.float32)
-        )
+            weight, gradient, square, square, 1.0, clamp_tolerance(torch.float32),
+            subspace=Subspace.within(shape[1], max_dim),
+        )  # fmt: skip
         start = time.perf_counter()
         score_layer(LayerFacts("", 0, 1, 1, {}), statistics, relations, powers)
         timed[shape] = time.perf_counter() - start

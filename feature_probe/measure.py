@@ -39,6 +39,7 @@ from feature_probe.sums.ledger import Positions, Reduction
 from feature_probe.sums.observer import JACOBIANS, Observer, ObserverSettings
 from feature_probe.sums.stepping import parse_optimizers
 from feature_probe.sums.window import Window
+from feature_probe.theory.projection import MAX_DIM
 from feature_probe.theory.relations import Relation, Sum, parse_powers, parse_relations
 
 #: The sums that need no loss.
@@ -65,7 +66,7 @@ def measure(
     training_batch_size: int | None = None,
     eval_mode: bool = True,
     progress: bool = True,
-    max_dim: int = 8192,
+    max_dim: int = MAX_DIM,
     max_outputs: int = 1024,
     seed: int = 0,
     step: int = 0,
@@ -108,7 +109,8 @@ def measure(
         training_batch_size: B of training, needed with "sum" and only there.
         eval_mode: Measure in evaluation mode; False leaves the modes as they are.
         progress: Show a progress bar.
-        max_dim: Layers with more output rows per group get no K and E.
+        max_dim: Layers with more output rows per group than this have K and E measured in a fixed
+            random subspace of so many dimensions; their records say so.
         max_outputs: Most output coordinates that "exact" accepts.
         seed: Seed of the random signs.
         step: Step to write into the records.

@@ -43,6 +43,7 @@ from feature_probe.sums.observer import Observer, ObserverSettings
 from feature_probe.sums.state import FORMAT, check_state, without_sums
 from feature_probe.sums.stepping import LossScale, StepWatch, parse_loss_scale, parse_optimizers
 from feature_probe.sums.verification import wrapper_name
+from feature_probe.theory.projection import MAX_DIM
 from feature_probe.theory.relations import Relation, parse_powers, parse_relations
 
 if TYPE_CHECKING:
@@ -128,7 +129,9 @@ class FeatureProbe:
             not at all.
         keep_matrices: Keep a copy of W and the sums with every report, so that ``report.matrix``
             and matrix pictures work, at about the memory that :meth:`estimate` names.
-        max_dim: Layers with more output rows per group get no K and E (FACT and bFACT only).
+        max_dim: Layers with more output rows per group than this have K and E measured in a fixed
+            random subspace of so many dimensions, and their records say so (a vocabulary head);
+            FACT and bFACT are not touched. K and E each hold max_dim² numbers at most.
         max_outputs: Most output coordinates that jacobian="exact" accepts.
         seed: Seed of the random signs.
         process_group: The processes that make one report together, of all their batches, with
@@ -177,7 +180,7 @@ class FeatureProbe:
         initial_store: Store = "device",
         structure: bool | Structure = False,
         keep_matrices: bool = False,
-        max_dim: int = 8192,
+        max_dim: int = MAX_DIM,
         max_outputs: int = 1024,
         seed: int = 0,
         process_group: GroupChoice = "auto",
@@ -511,15 +514,15 @@ class FeatureProbe:
         in_window = self._step == 0 or self._due_from(self._step)
         self._in_window = in_window
         self._collector.expect(in_window=in_window)
+        recorder = self._observer.recorder
         if in_window or self._collector.verifying:
-            self._observer.recorder.arm()
-        elif self._observer.recorder.armed:
-            self._observer.recorder.disarm()
+            recorder.arm()
+        elif recorder.armed:
+            recorder.disarm()
 
     def _collect(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Add the finished step to the window, and report if it is due."""
-        self._collector.count(optimizer)
-        if not self._observer.recorder.armed:
+        if not self._collector.count(optimizer):
             return
         if not self._is_complete(optimizer):
             return

@@ -158,7 +158,7 @@ GRAM = 2 * N * (20 * 20 + 5 * 5)
         ({"relations": "nfa"}, GRAM + FORWARD[1]),
         ({"num_probes": 3}, 4 * GRAM + 3 * FORWARD[1]),
         ({"jacobian": "exact"}, 6 * GRAM + 5 * FORWARD[1]),
-        ({"max_dim": 10}, 2 * 2 * N * 25 + FORWARD[1]),
+        ({"max_dim": 10}, 2 * 2 * N * (100 + 25) + FORWARD[1]),
     ],
     ids=str,
 )

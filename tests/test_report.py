@@ -282,9 +282,25 @@ def test_a_matrix_that_was_not_asked_for() -> None:
 
 def test_a_matrix_that_could_not_be_measured_says_why() -> None:
     """The reason is that of the records."""
-    report = make_report(max_dim=4)
-    with pytest.raises(NotMeasuredError, match=r"d_out 5 exceeds max_dim 4"):
-        report.matrix("3", "nfa")
+    report = make_report(relations=("nfa", "update_fact"))
+    assert "measured in the loop" in report.record("3", "update_fact").status
+    with pytest.raises(NotMeasuredError, match="measured in the loop"):
+        report.matrix("3", "update_fact")
+
+
+def test_matrices_of_a_wide_layer_are_those_of_its_subspace() -> None:
+    """(PW)ᵀ(PKPᵀ)(PW) and PKPᵀ, with P the layer's; FACT and WᵀW in full."""
+    report, full = make_report(max_dim=4), make_report()
+    statistics = report.statistics["3"]
+    subspace = statistics.subspace
+    assert subspace is not None
+    assert statistics.jacobian is not None
+    inside = subspace.matrix(statistics.weight.double())[0]
+    expected = inside.mT @ statistics.jacobian[0].double() @ inside
+    assert torch.allclose(report.matrix("3", "nfa"), expected)
+    assert report.matrix("3", "bnfa").shape == (4, 4)
+    for kind in ("fact", "bfact", "nfm", "bnfm"):
+        assert torch.equal(report.matrix("3", kind), full.matrix("3", kind))
 
 
 def test_a_report_from_data_has_no_matrices() -> None:

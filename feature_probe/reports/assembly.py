@@ -130,7 +130,7 @@ class Assembler:
                     [self._statistics(index, part, False, weights or {}) for part in rest],
                     parts,
                     index,
-                    target.d_out,
+                    self.observer.width(index),
                     frozen=not self.doctor.in_training,
                 )
                 records += [
@@ -199,6 +199,7 @@ class Assembler:
             bases=bases,
             no_basis=no_basis,
             rows=rows,
+            subspace=self.observer.subspace(index),
         )
 
     def _bases(
@@ -306,7 +307,7 @@ class Assembler:
             or index in self.observer.repeated
             or (target.parameter is not None and len(users) > len(parts)),
             rows=target.groups * target.d_out,
-            sampling=self.observer.sampling_error(target.d_out, window.examples),
+            sampling=self.observer.sampling_error(self.observer.width(index), window.examples),
         )
 
     def _unseen(self) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 
 from feature_probe.errors import ConfigurationError
 from feature_probe.reports.record import Record
@@ -143,15 +143,20 @@ def with_intervals(
         note = _NOT_ASKED if frozen else _IN_THE_LOOP
         return [replace(record, interval_note=note) for record in records]
 
-    @cache
-    def matrices(basis: Basis) -> list[LayerMatrices]:
-        return [LayerMatrices(statistics.based_on(basis)) for statistics in left_out]
+    shared: dict[tuple[Basis, bool], list[LayerMatrices]] = {}
+
+    def matrices(relation: Relation) -> list[LayerMatrices]:
+        key = (relation.basis, relation.has_power)
+        if key not in shared:
+            seen = [statistics.seen_by(relation) for statistics in left_out]
+            shared[key] = [LayerMatrices(statistics) for statistics in seen]
+        return shared[key]
 
     asked = [RELATIONS[record.relation] for record in records]
     return [
         record
         if math.isnan(record.cosine)
-        else _with_interval(record, matrices(relation.basis), parts, index, rows)
+        else _with_interval(record, matrices(relation), parts, index, rows)
         for record, relation in zip(records, asked, strict=True)
     ]
 

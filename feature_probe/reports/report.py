@@ -130,7 +130,8 @@ class Report:
 
         Returns:
             ``[d, d]``, or ``[groups, d, d]`` for a grouped layer; d is d_in for forward kinds and
-            d_out for backward ones.
+            d_out for backward ones. Of a layer wider than ``max_dim`` those of K and E are what was
+            measured in the subspace, backward ones of side ``max_dim``.
 
         Raises:
             ConfigurationError: for an unknown kind, or a power where the kind has none.
@@ -156,7 +157,10 @@ class Report:
             raise NotMeasuredError(
                 f"{kind!r} of layer {layer!r} was not measured: {statistics.why_no(measured.basis)}"
             )
-        matrices = LayerMatrices(statistics.based_on(measured.basis), framed=False)
+        seen = statistics.based_on(measured.basis)
+        if relation is not None:
+            seen = statistics.seen_by(relation)
+        matrices = LayerMatrices(seen, framed=False)
         found = (
             matrices.gram(measured) if relation is None else matrices.prediction(relation, power)
         )

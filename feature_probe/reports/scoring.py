@@ -16,6 +16,7 @@ from feature_probe.theory.agreement import Agreement, compare, undefined
 from feature_probe.theory.levels import ChanceLevel, ChanceLevels, TurnedWeight
 from feature_probe.theory.matrices import LayerMatrices
 from feature_probe.theory.power import FittedPower, fitted_power, power_cosine
+from feature_probe.theory.projection import Subspace
 from feature_probe.theory.relations import Basis, LayerStatistics, Relation, Sum
 
 logger = logging.getLogger(__name__)
@@ -82,37 +83,40 @@ def score_layer(
     inputs = {(relation.needs, relation.basis) for relation in relations}
     missing = {(needs, basis): _missing(statistics, needs, basis) for needs, basis in inputs}
 
-    @cache
-    def matrices(basis: Basis) -> LayerMatrices:
-        return LayerMatrices(statistics.based_on(basis))
+    shared: dict[tuple[Basis, bool], LayerMatrices] = {}
+
+    def matrices(relation: Relation) -> LayerMatrices:
+        # those of the relations with a power may lie in a subspace
+        key = (relation.basis, relation.has_power and statistics.subspace is not None)
+        if key not in shared:
+            shared[key] = LayerMatrices(statistics.seen_by(relation))
+        return shared[key]
 
     @cache
-    def turned(basis: Basis) -> TurnedWeight:
-        seen = matrices(basis)
+    def turned(seen: LayerMatrices) -> TurnedWeight:
         return TurnedWeight(seen.input_rows[0], gram=seen.weight_gram)
 
     @cache
-    def levels(basis: Basis, needs: Sum) -> ChanceLevels:
-        values = matrices(basis).curvature_values(needs)
-        return ChanceLevels(turned(basis), values, statistics.tolerance)
+    def levels(seen: LayerMatrices, needs: Sum) -> ChanceLevels:
+        return ChanceLevels(turned(seen), seen.curvature_values(needs), statistics.tolerance)
 
     @cache
     def fit(relation: Relation) -> Fit:
-        chance = levels(relation.basis, relation.needs)
-        return _fit(matrices(relation.basis), relation, chance.mean)
+        seen = matrices(relation)
+        return _fit(seen, relation, levels(seen, relation.needs).mean)
 
     def scores(relation: Relation, power: float | None) -> _Scores:
         if reason := missing[relation.needs, relation.basis]:
             return _Scores(undefined(reason))
         try:
-            seen = matrices(relation.basis)
+            seen = matrices(relation)
             return _scores(seen, relation, power, fit, levels, facts.depth)
         except Exception as error:  # one number's failure must not cost the others
             on_fault(error, f"scoring layer {facts.layer!r}")
             return _Scores(undefined(fault_status(error)))
 
     return [
-        _record(facts, relation, power, statistics.weight_decay, scores(relation, power))
+        _record(facts, relation, power, statistics, scores(relation, power))
         for relation, power in _asked(relations, powers)
     ]
 
@@ -124,7 +128,7 @@ def faulty_layer(
     status = fault_status(error)
     return [
         replace(
-            _record(facts, relation, power, _NAN, _Scores(undefined(status))),
+            _record(facts, relation, power, None, _Scores(undefined(status))),
             verdict="undefined",
             because=status,
         )
@@ -165,10 +169,13 @@ def _record(
     facts: LayerFacts,
     relation: Relation,
     power: float | None,
-    decay: float | None,
+    statistics: LayerStatistics | None,
     scores: _Scores,
 ) -> Record:
+    """``statistics`` None: they could not be read."""
     agreement, shared, fitted = scores.agreement, scores.shared, scores.fitted
+    decay = _NAN if statistics is None else statistics.weight_decay
+    subspace = None if statistics is None else statistics.subspace
     has_depth = relation.has_power and facts.depth is not None
     return Record(
         layer=facts.layer,
@@ -191,7 +198,7 @@ def _record(
         n_examples=facts.examples,
         n_rows=facts.rows,
         n_kept=scores.kept,
-        status=_status(relation, decay, _told(agreement)),
+        status=_status(relation, decay, _told(agreement), subspace),
         off_diagonal_pearson=agreement.off_diagonal_pearson,
         spearman=agreement.spearman,
         r_squared=scores.r_squared,
@@ -217,7 +224,7 @@ def _scores(
     relation: Relation,
     power: float | None,
     fit: Callable[[Relation], Fit],
-    levels: Callable[[Basis, Sum], ChanceLevels],
+    levels: Callable[[LayerMatrices, Sum], ChanceLevels],
     depth: int | None,
 ) -> _Scores:
     agreement = compare(
@@ -236,7 +243,7 @@ def _scores(
         )
     shared = None
     if relation.side == "forward":
-        chance = levels(relation.basis, relation.needs)
+        chance = levels(matrices, relation.needs)
         shared = chance.at(1.0 if power is None else power)
     fitted = fit(relation)
     return _Scores(
@@ -284,8 +291,10 @@ def _told(agreement: Agreement) -> str:
     return ""
 
 
-def _status(relation: Relation, decay: float | None, reason: str) -> str:
+def _status(relation: Relation, decay: float | None, reason: str, subspace: Subspace | None) -> str:
     notes = [reason] if reason else []
+    if relation.has_power and subspace is not None:
+        notes.append(subspace.note)
     if relation.is_equality and decay is None:
         notes.append("weight decay not known: direction only")
     elif relation.is_equality and decay == 0:

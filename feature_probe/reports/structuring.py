@@ -247,6 +247,8 @@ class _Parts:
             return ""
         if self.statistics.jacobian is None:
             return self.statistics.missing.get("jacobian", "not measured")
+        if self.statistics.subspace is not None:
+            return f"K was measured {self.statistics.subspace.note}"
         if not bool(torch.isfinite(self.statistics.jacobian).all()):
             return "not finite: the jacobian sum holds NaN or infinity"
         return ""

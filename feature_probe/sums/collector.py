@@ -132,6 +132,8 @@ class Collector:
         What a step outside the windows counted is undone, so that reports do not depend on it.
         """
         ledger, verifying = self._observer.ledger, self.verifying
+        if not verifying and self._aside is None and not ledger.verifying:
+            return
         if self._aside is not None:
             ledger.passes, ledger.holding = self._aside
         self._aside = (ledger.passes, ledger.holding) if verifying and not in_window else None
@@ -148,19 +150,26 @@ class Collector:
         self.window.left_out += 1
         self._missed()
 
-    def count(self, optimizer: Optimizer | None) -> None:
+    def count(self, optimizer: Optimizer | None) -> bool:
         """An optimizer is about to step, in a window or not; nothing waits for the device.
 
         Notes whether a fused one will skip the step. Outside a window nothing is followed, so that
         what is left of a step that has not ended would be of another than the one that ends.
+
+        Returns:
+            Whether the step is followed.
         """
-        if not self._observer.recorder.armed:
+        followed = self._observer.recorder.armed
+        if not followed and (
+            self._parts or self._weights or self.spoiled or not self._observer.ledger.is_clear
+        ):
             self.forget_step()
         found_inf = getattr(optimizer, "found_inf", None)
         if isinstance(found_inf, Tensor) and self._is_last(optimizer):
             skipped = (found_inf != 0).squeeze().detach()
             self._skipped_now = skipped
             self._not_taken = skipped.long() + (0 if self._not_taken is None else self._not_taken)
+        return followed
 
     def steps_not_taken(self) -> int:
         """How many counted steps fused optimizers skipped since the last call. Waits for them."""

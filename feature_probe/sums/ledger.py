@@ -46,6 +46,7 @@ class Ledger:
     Args:
         reduction: How the loss is reduced over a batch.
         positions: "expand" or "reduce": whether positions of an example are summed first.
+        within: Takes rows ``[..., d_out]`` to what of them goes into E.
 
     Attributes:
         passes: Forward passes that counted since the beginning.
@@ -55,10 +56,16 @@ class Ledger:
         followed: Of the step that was committed last, while verifying.
     """
 
-    def __init__(self, reduction: Reduction, positions: Positions) -> None:
+    def __init__(
+        self,
+        reduction: Reduction,
+        positions: Positions,
+        within: Callable[[Tensor], Tensor] = lambda rows: rows,
+    ) -> None:
         self.passes = 0
         self._reduction = reduction
         self._positions = positions
+        self._within = within
         self.holding = False
         self.verifying = False
         self.followed = Followed()
@@ -128,6 +135,7 @@ class Ledger:
             self._follow(into.followed, forward, call, rows, weight_gradient)
         if not loss:
             return
+        rows = self._within(rows)
         if self._positions == "reduce":
             key, summed = (forward, call.index), rows.sum(1)
             into.reduced[key] = into.reduced[key] + summed if key in into.reduced else summed
@@ -192,6 +200,13 @@ class Ledger:
         if last:
             window.discarded, self._discarded = self._discarded, 0
         return window
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether nothing is staged."""
+        if self._tasks or self._aside or self._discarded:
+            return False
+        return all(stage.is_empty for stage in self._stages)
 
     def clear(self) -> None:
         """Forget what is staged."""

@@ -24,6 +24,7 @@ from feature_probe.sums.jacobian import JacobianSettings, cotangents, vector_jac
 from feature_probe.sums.ledger import Ledger, Positions, Reduction
 from feature_probe.sums.moments import Moments, Outer
 from feature_probe.sums.window import Window
+from feature_probe.theory.projection import Subspace
 from feature_probe.theory.relations import Sum
 
 
@@ -39,7 +40,8 @@ class ObserverSettings:
             "reduce": positions and calls of an example summed first. Acts on K and E; G is the
             same in both.
         loss_reduction: How the user's loss is reduced over the batch; see :mod:`ledger`.
-        max_dim: Widest d_out whose d_out × d_out sums are held.
+        max_dim: Most outputs of a block whose sums are held in full; of wider ones those in a
+            random subspace of so many dimensions are.
         seed: Seed of the random signs.
         stream: This process's number among those that report together, and how many they are: each
             draws other signs.
@@ -131,7 +133,7 @@ class Observer:
         self.output_layers: set[int] = set()
         self.repeated: set[int] = set()
         self.depths: dict[str, int] | None = None
-        self.ledger = Ledger(settings.loss_reduction, settings.positions)
+        self.ledger = Ledger(settings.loss_reduction, settings.positions, self._within_limit)
         self.model = model
         self._targets = discovery.targets
         self._settings = settings
@@ -183,13 +185,26 @@ class Observer:
         """How far, relatively, random probes of a multiple of the identity lie from it; 0: exact.
 
         Args:
-            width: d_out.
+            width: d_out, or the dimension of the subspace.
             examples: n.
         """
         settings = self._settings.jacobian
         if settings.kind == "exact":
             return 0.0
         return math.sqrt((width - 1) / max(examples * settings.num_probes, 1))
+
+    def subspace(self, index: int) -> Subspace | None:
+        """In which a target's K and E are held, None where they are held in full."""
+        return Subspace.within(self._targets[index].d_out, self._settings.max_dim)
+
+    def width(self, index: int) -> int:
+        """The side of a target's K and E: d_out, or the dimension of the subspace."""
+        return min(self._targets[index].d_out, self._settings.max_dim)
+
+    def _within_limit(self, rows: Tensor) -> Tensor:
+        """Rows ``[..., d_out]`` as they are, or in the subspace."""
+        subspace = Subspace.within(rows.shape[-1], self._settings.max_dim)
+        return rows if subspace is None else subspace.rows(rows)
 
     def on_fault(self, error: Exception, where: str) -> None:
         """Hand a hook's failure on."""
@@ -273,6 +288,8 @@ class Observer:
         moments.loss_rows += rows.shape[0] * rows.shape[1]
         if product is not None:
             moments.add_gradient(product)
+        if loss:
+            rows = self._within_limit(rows)
         if loss and self._settings.positions == "expand":
             moments.add_outer("loss", rows.flatten(0, 1), self._loss_scale(forward))
         elif loss:
@@ -379,6 +396,7 @@ class Observer:
             if rows is None or (call.index, kind) in self.problems:
                 continue
             counted[call.index] = counted.get(call.index, 0) + rows.shape[0] * rows.shape[1]
+            rows = self._within_limit(rows)
             moments = forward.staged.setdefault(call.index, Moments())
             if self._settings.positions == "expand":
                 if not self._tells_examples_apart(forward, call, rows, kind):
@@ -399,12 +417,7 @@ class Observer:
 
     def _measurable(self, call: Call, kind: Sum) -> bool:
         """Whether a d_out × d_out sum is to be formed for the call's layer."""
-        key = (call.index, kind)
-        width = self._targets[call.index].d_out
-        if width > self._settings.max_dim:
-            limit = self._settings.max_dim
-            self.problems.setdefault(key, f"d_out {width} exceeds max_dim {limit}")
-        return key not in self.problems
+        return (call.index, kind) not in self.problems
 
     def _tells_examples_apart(
         self, forward: ForwardPass, call: Call, rows: Tensor, kind: Sum

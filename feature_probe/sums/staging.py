@@ -128,6 +128,11 @@ class Stage:
         task.staged += 1
         return {call.index for call in again}
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to forget."""
+        return not self._tasks and not self._gradients
+
     def withhold(self, indices: set[int], kind: Sum, reason: str) -> None:
         """A sum of these targets cannot be had in this step."""
         for index in indices:

@@ -212,7 +212,8 @@ class StepWatch:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if _is_nested(optimizer):
             return None
-        where = _closure(args, kwargs)
+        alone = not args or (len(args) == 1 and args[0] is optimizer)
+        where = None if alone and not kwargs else _closure(args, kwargs)
         if where is None:
             self._ready(optimizer)
             return None
@@ -241,14 +242,14 @@ class StepWatch:
         return watched
 
 
-def _is_nested(optimizer: Optimizer) -> bool:
+def _is_nested(optimizer: object) -> bool:
     """Whether a step hook runs in a step that another step of the same optimizer called.
 
     torch puts its hooks around the ``step`` of each class, so that a subclass whose ``step`` calls
     its parent's runs them twice.
     """
-    hooked = [getattr(vars(kind).get("step"), "hooked", False) for kind in type(optimizer).__mro__]
-    if sum(hooked) < 2:
+    kinds = _classes_with_step(type(optimizer))  # type: ignore[arg-type]  # a class has a hash
+    if len(kinds) < 2 or sum(getattr(vars(kind)["step"], "hooked", False) for kind in kinds) < 2:
         return False
     frame, steps = sys._getframe(1), 0
     while frame.f_back is not None and steps < 2:
@@ -257,6 +258,12 @@ def _is_nested(optimizer: Optimizer) -> bool:
         if code.co_name == "wrapper" and code.co_filename == _HOOKING:
             steps += frame.f_locals.get("self") is optimizer
     return steps > 1
+
+
+@functools.lru_cache(maxsize=128)
+def _classes_with_step(kind: type) -> tuple[type, ...]:
+    """The class and those above it that define ``step``, but for torch's base class."""
+    return tuple(each for each in kind.__mro__ if "step" in vars(each) and each is not Optimizer)
 
 
 def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str | None:

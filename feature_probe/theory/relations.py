@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from feature_probe.errors import ConfigurationError
+from feature_probe.theory.projection import Subspace
 
 Side = Literal["forward", "backward"]
 Sum = Literal["gradient", "update", "jacobian", "loss", "jacobian_change"]
@@ -195,6 +196,7 @@ class LayerStatistics:
         no_basis: Why one of them is not there.
         rows: R with RᵀR the sum K, E or K̄, ``[groups, r, d_out]`` with r < d_out, by the sum's
             name: where the rows behind it were kept, its eigenproblem has their number.
+        subspace: What K, E and K̄ were measured in, where not in all of ℝ^d_out.
     """
 
     weight: Tensor
@@ -209,6 +211,21 @@ class LayerStatistics:
     bases: Mapping[Basis, Tensor] = field(default_factory=dict)
     no_basis: Mapping[Basis, str] = field(default_factory=dict)
     rows: Mapping[Sum, Tensor] = field(default_factory=dict)
+    subspace: Subspace | None = None
+
+    def seen_by(self, relation: Relation) -> LayerStatistics:
+        """What a relation compares: with its basis in the place of W, and within the subspace.
+
+        Raises:
+            ValueError: if its basis is not known.
+        """
+        based = self.based_on(relation.basis)
+        if self.subspace is None or not relation.has_power:
+            return based
+        return replace(
+            based, weight=self.subspace.matrix(based.weight), gradient=None, update=None,
+            bases={}, subspace=None,
+        )  # fmt: skip
 
     def in_place_of_weight(self, basis: Basis) -> Tensor | None:
         """What takes the place of W, or None."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,12 @@ class Mixing:
 
     def __init__(self, shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> None:
         self._signs = [random_signs(shape, generator, like) for _ in range(3)]
+
+    def to(self, device: torch.device) -> Mixing:
+        """The same rotation on another device."""
+        moved = copy(self)
+        moved._signs = [signs.to(device) for signs in self._signs]
+        return moved
 
     def forth(self, z: Tensor) -> Tensor:
         """Qᵀz."""
