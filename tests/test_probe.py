@@ -674,7 +674,7 @@ def test_max_dim() -> None:
     for relation in ("nfa", "enfa"):
         record = report.record("0", relation, 1.0)
         assert 0 < record.cosine <= 1
-        assert record.status == "in a random subspace of 4 of 5 output rows (max_dim)"
+        assert record.status == "in a random subspace: 4 of 5 output dimensions (max_dim)"
         assert report.record("2", relation, 1.0).status == "ok"
 
 

@@ -90,6 +90,7 @@ class Collector:
     def start(self) -> None:
         """An empty window."""
         self.window, self._resumed = Window(), None
+        self._observer.open_window()
         self.trajectory.start()
         self._decoupled = {
             id(group)

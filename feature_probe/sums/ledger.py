@@ -46,7 +46,7 @@ class Ledger:
     Args:
         reduction: How the loss is reduced over a batch.
         positions: "expand" or "reduce": whether positions of an example are summed first.
-        within: Takes rows ``[..., d_out]`` to what of them goes into E.
+        within: Takes a target's index and rows ``[..., groups, d_out]`` to what goes into E.
 
     Attributes:
         passes: Forward passes that counted since the beginning.
@@ -60,7 +60,7 @@ class Ledger:
         self,
         reduction: Reduction,
         positions: Positions,
-        within: Callable[[Tensor], Tensor] = lambda rows: rows,
+        within: Callable[[int, Tensor], Tensor] = lambda index, rows: rows,
     ) -> None:
         self.passes = 0
         self._reduction = reduction
@@ -135,7 +135,7 @@ class Ledger:
             self._follow(into.followed, forward, call, rows, weight_gradient)
         if not loss:
             return
-        rows = self._within(rows)
+        rows = self._within(call.index, rows)
         if self._positions == "reduce":
             key, summed = (forward, call.index), rows.sum(1)
             into.reduced[key] = into.reduced[key] + summed if key in into.reduced else summed

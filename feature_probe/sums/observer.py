@@ -16,7 +16,7 @@ from feature_probe.capture.chain import remaining_depths
 from feature_probe.capture.passes import Anchor, Call, ForwardPass, InitialPass
 from feature_probe.capture.recorder import Recorder
 from feature_probe.capture.selection import select_output
-from feature_probe.capture.sharding import unreduced
+from feature_probe.capture.sharding import is_sharded, unreduced
 from feature_probe.errors import ConfigurationError, positive_integer
 from feature_probe.layers.targets import Discovery
 from feature_probe.sums.initial_jacobian import InitialJacobian
@@ -140,6 +140,7 @@ class Observer:
         self._fault = on_fault
         self._in_training = in_training
         self._window = Window()
+        self._subspaces: dict[int, Subspace] = {}
         self._passes = 0
         self._waiting: list[tuple[ForwardPass, list[Call], list[GradientEdge]]] = []
         self._reduced: dict[tuple[ForwardPass, int], Tensor] = {}
@@ -166,6 +167,7 @@ class Observer:
             "repeated": [names[index] for index in sorted(self.repeated)],
             "depths": None if self.depths is None else dict(self.depths),
             "problems": [[names[i], needs, why] for (i, needs), why in self.problems.items()],
+            "frames": {names[i]: found.frame for i, found in self._subspaces.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -177,6 +179,11 @@ class Observer:
         self.output_layers |= {index[name] for name in state["output_layers"] if name in index}
         self.repeated |= {index[name] for name in state["repeated"] if name in index}
         self.depths = None if state["depths"] is None else dict(state["depths"])
+        for name, frame in state.get("frames", {}).items():
+            if name in index:
+                target = self._targets[index[name]]
+                own = Subspace(target.d_out, self._settings.max_dim, frame)
+                self._subspaces[index[name]] = own
         for name, needs, why in state["problems"]:
             if name in index:
                 self.problems[index[name], needs] = why
@@ -194,16 +201,29 @@ class Observer:
         return math.sqrt((width - 1) / max(examples * settings.num_probes, 1))
 
     def subspace(self, index: int) -> Subspace | None:
-        """In which a target's K and E are held, None where they are held in full."""
-        return Subspace.within(self._targets[index].d_out, self._settings.max_dim)
+        """In which a target's K and E of this window are held, None where they are in full."""
+        target = self._targets[index]
+        if target.d_out <= self._settings.max_dim:
+            return None
+        if index not in self._subspaces:
+            weight = self.recorder.reader.weights.get(index, target.parameter)
+            whole = None if weight is None or is_sharded(weight) else target.matrix(weight.detach())
+            found = Subspace.within(target.d_out, self._settings.max_dim, whole)
+            if found is not None:
+                self._subspaces[index] = found
+        return self._subspaces[index]
+
+    def open_window(self) -> None:
+        """The sums begin again, in subspaces of the weights as they will be then."""
+        self._subspaces.clear()
 
     def width(self, index: int) -> int:
         """The side of a target's K and E: d_out, or the dimension of the subspace."""
         return min(self._targets[index].d_out, self._settings.max_dim)
 
-    def _within_limit(self, rows: Tensor) -> Tensor:
-        """Rows ``[..., d_out]`` as they are, or in the subspace."""
-        subspace = Subspace.within(rows.shape[-1], self._settings.max_dim)
+    def _within_limit(self, index: int, rows: Tensor) -> Tensor:
+        """A target's rows ``[..., groups, d_out]`` as they are, or in the subspace."""
+        subspace = self.subspace(index)
         return rows if subspace is None else subspace.rows(rows)
 
     def on_fault(self, error: Exception, where: str) -> None:
@@ -289,7 +309,7 @@ class Observer:
         if product is not None:
             moments.add_gradient(product)
         if loss:
-            rows = self._within_limit(rows)
+            rows = self._within_limit(call.index, rows)
         if loss and self._settings.positions == "expand":
             moments.add_outer("loss", rows.flatten(0, 1), self._loss_scale(forward))
         elif loss:
@@ -396,7 +416,7 @@ class Observer:
             if rows is None or (call.index, kind) in self.problems:
                 continue
             counted[call.index] = counted.get(call.index, 0) + rows.shape[0] * rows.shape[1]
-            rows = self._within_limit(rows)
+            rows = self._within_limit(call.index, rows)
             moments = forward.staged.setdefault(call.index, Moments())
             if self._settings.positions == "expand":
                 if not self._tells_examples_apart(forward, call, rows, kind):

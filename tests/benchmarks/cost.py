@@ -41,10 +41,11 @@ from cost_layers import layers
 from cost_models import MODELS, Recipe
 from cost_parts import idle, long_runs, memory, steps
 from cost_tables import markdown
+from cost_wide import wide
 
 #: Parts of every model, and those measured once.
 BY_MODEL = ("steps", "long", "memory", "alternatives")
-ONCE = ("idle", "layers", "growth", "exact", "accuracy")
+ONCE = ("idle", "layers", "growth", "exact", "accuracy", "wide")
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Effort:
             "growth": lambda: growth(self.short, quick=quick),
             "exact": lambda: exact(1 if quick else 7, 10 * self.short, quick=quick),
             "accuracy": lambda: accuracy(quick=quick),
+            "wide": lambda: wide(quick=quick),
         }
         return work[part]()
 

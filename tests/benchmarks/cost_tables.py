@@ -274,6 +274,29 @@ def _accuracy(found: Found) -> list[str]:
     return _table("Scores from bfloat16 rows", told, head, body)
 
 
+def _wide(found: Found) -> list[str]:
+    told = (
+        "Two layers of a GPT of GPT-2's width and vocabulary after some steps of training, "
+        "measured at frozen weights in full and within `max_dim`: the cosine in full, and how far "
+        "it is off in the subspace. In the head K is the identity, so that its NFA is one of W "
+        "alone."
+    )
+    found = found.get("wide", [])
+    if not found:
+        return []
+    limits = [part["limit"] for part in found[0]["within"]]
+    head = ("layer", "relation", "in full", *(f"off in {limit}" for limit in limits))
+    body = []
+    for one in found:
+        name = f"{one['d_in']} × {one['d_out']}"
+        for label, cosine in one["full"].items():
+            off = [f"{part['off'][label]:+.4f}" for part in one["within"]]
+            body.append([name, label, f"{cosine:.4f}", *off])
+        spent = [f"{part['seconds']:.0f}" for part in one["within"]]
+        body.append([name, "seconds to measure", "-", *spent])
+    return _table("Layers wider than max_dim", told, head, body)
+
+
 def _alternatives(found: Found) -> list[str]:
     told = (
         "A step with other code's statistics, in plain steps of the same model on the same batch, "
@@ -341,6 +364,7 @@ def markdown(found: Found) -> str:
         "",
         *_targets(found), *_steps(found), *_idle(found), *_reports(found), *_layers(found),
         *_long_runs(found), *_memory(found), *_growth(found), *_exact(found), *_accuracy(found),
+        *_wide(found),
         *_alternatives(found), *_published(),
     ]  # fmt: skip
     if skipped:
