@@ -406,3 +406,18 @@ def test_a_state_keeps_kept_rows() -> None:
     assert resumed.loss is not None
     assert torch.equal(resumed.loss, whole.loss)
     torch.testing.assert_close(stopped.loss, outer([one]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [512, 700])
+def test_wide_sums_are_whole_when_read(width: int) -> None:
+    """Formed above the diagonal alone, they are symmetric and right wherever they come out."""
+    rows = [rows_of(count, 1, width, torch.float32) for count in (600, 601, 602)]
+    one, other = Moments(), Moments()
+    one.add_outer("loss", rows[0])
+    other.add_outer("loss", rows[1])
+    back = Moments.from_state(one.state_dict())
+    back.merge(other)
+    back.add_outer("loss", rows[2])
+    assert back.loss is not None
+    assert torch.equal(back.loss, back.loss.mT)
+    assert relative(back.loss, dense_gram(torch.cat(rows))) < 1e-5

@@ -98,7 +98,7 @@ def score_layer(
 
     @cache
     def levels(seen: LayerMatrices, needs: Sum) -> ChanceLevels:
-        return ChanceLevels(turned(seen), seen.curvature_values(needs), statistics.tolerance)
+        return ChanceLevels(turned(seen), seen.curvature_to_turn(needs), statistics.tolerance)
 
     @cache
     def fit(relation: Relation) -> Fit:

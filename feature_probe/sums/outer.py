@@ -11,6 +11,11 @@ from torch import Tensor
 _CHUNK = 16384
 #: Rows are kept while they are at most this share of d_out: adding them up would write more.
 KEPT = 0.25
+#: Width from which on the products above the diagonal alone are formed.
+_LARGE = 512
+#: Width up to which a product is formed apart: some libraries add its rows to the sum one by one,
+#: and lose a digit over many batches.
+_SMALL = 64
 
 
 class OuterSum:
@@ -32,7 +37,7 @@ class OuterSum:
 
     @property
     def known(self) -> Tensor | None:
-        """The sum without the rows that are kept."""
+        """The sum without the rows that are kept; its blocks below the diagonal may be behind."""
         return self._matrix
 
     def all_kept(self) -> Tensor | None:
@@ -50,7 +55,7 @@ class OuterSum:
             self._rows = []
         if self._matrix is None:
             raise ValueError("nothing was added")
-        return self._matrix
+        return mirrored_(self._matrix)
 
     def add(self, rows: Tensor, scale: float = 1.0) -> None:
         """Add the rows times ``scale``, ``[n, groups, d]`` in any floating dtype.
@@ -118,8 +123,26 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def mirrored_(total: Tensor) -> Tensor:
+    """The sum ``[groups, d, d]`` with the blocks below the diagonal like those above it."""
+    for start, end in _quarters(total):
+        total[:, end:, start:end] = total[:, start:end, end:].mT
+    return total
+
+
+def _quarters(total: Tensor) -> list[tuple[int, int]]:
+    """Rows in quarters where the products of a half are worth their own calls, else at once."""
+    width = total.shape[1]
+    if total.shape[0] > 1 or width < _LARGE:
+        return [(0, width)]
+    step = -(-width // 4)
+    return [(start, min(start + step, width)) for start in range(0, width, step)]
+
+
 def add_gram_(total: Tensor, rows: Tensor, scale: float = 1.0) -> None:
     """``total += scale²·RᵀR`` per group, in the precision of ``total`` or better.
+
+    Of one wide group only the blocks on and above the diagonal, 10 of 16: see :func:`mirrored_`.
 
     Where the user allowed reduced-precision float32 products (TF32, bf16 passes), the product is
     formed in float64 instead: their switches are global and are not ours to turn.
@@ -135,10 +158,13 @@ def add_gram_(total: Tensor, rows: Tensor, scale: float = 1.0) -> None:
         for start in range(0, len(rows), _CHUNK):
             block = rows[start : start + _CHUNK].to(dtype)
             block = (block * scale if scale != 1.0 else block).transpose(0, 1)
-            if not exact:
+            if not exact or total.shape[1] <= _SMALL:
                 total.add_(block.mT @ block)
             elif total.shape[0] == 1:
-                total[0].addmm_(block[0].mT, block[0])
+                for start, end in _quarters(total):
+                    total[0, start:end, start:].addmm_(
+                        block[0, :, start:end].mT, block[0, :, start:]
+                    )
             else:
                 total.baddbmm_(block.mT, block)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from feature_probe.theory.factored import moderate
 from feature_probe.theory.rotations import random_frames, random_signs
-from feature_probe.theory.spectra import Spectrum, gram_spectrum
+from feature_probe.theory.spectra import Spectrum, gram_spectrum, symmetric_spectrum
 from feature_probe.theory.threads import calm
 
 _NAN = float("nan")
@@ -115,16 +115,20 @@ class ChanceLevels:
 
     Args:
         turned: W and its rotations.
-        values: Kept eigenvalues of K or E, ``[groups, r]``, 0 where dropped.
+        curvature: Kept eigenvalues of K or E, ``[groups, r]``, 0 where dropped; or the matrix
+            itself, ``[groups, d_out, d_out]``, whose eigenvectors then need not be known: turned at
+            random they are like any others.
         tolerance: Relative eigenvalue clamp.
     """
 
-    def __init__(self, turned: TurnedWeight, values: Tensor, tolerance: float) -> None:
-        self._turned, self._values = turned, moderate(values)[0]
+    def __init__(self, turned: TurnedWeight, curvature: Tensor, tolerance: float) -> None:
+        self._turned = turned
+        scaled = moderate(curvature)[0]
+        self._curvature = _Diagonal(scaled) if curvature.dim() == 2 else _Dense(scaled)
         self._tolerance = tolerance
         self._levels: dict[float, ChanceLevel] = {}
         groups, self._width, _ = turned.weight.shape
-        self._undefined = not (values > 0).any() or turned.is_zero
+        self._undefined = not curvature.any() or turned.is_zero
         self._undefined |= self._width == 1 and groups > 1
 
     def at(self, power: float) -> ChanceLevel:
@@ -151,7 +155,7 @@ class ChanceLevels:
         mean = float(cosines.mean())
         spread = math.sqrt(float(self._drawn.variances(power).mean()))
         if self._has_closed_form(power):
-            closed = _closed_form(self._width, self._turned.gram, self._values)
+            closed = _closed_form(self._width, self._turned.gram, *self._curvature.moments())
             is_elsewhere = abs(mean - closed) > _APART * spread / math.sqrt(len(cosines))
             mean = mean if is_elsewhere else closed
         return ChanceLevel(mean, spread, spread / max(1 - min(mean, _ONE) ** 2, 1e-12))
@@ -164,11 +168,11 @@ class ChanceLevels:
 
     @cached_property
     def _number(self) -> int:
-        return _affordable(self._turned.weight, self._values)
+        return _affordable(self._turned.weight, self._curvature)
 
     @cached_property
     def _drawn(self) -> _Draws:
-        return _Draws(self._values, self._turned, self._number, self._tolerance)
+        return _Draws(self._curvature, self._turned, self._number, self._tolerance)
 
 
 def shared_weight_level(
@@ -208,10 +212,52 @@ def shared_weight_level(
     return ChanceLevels(TurnedWeight(weight, seed=seed), values, tolerance).at(power)
 
 
-def _affordable(weight: Tensor, values: Tensor) -> int:
+class _Diagonal:
+    """K in the basis of its eigenvectors.
+
+    Args:
+        values: λ, ``[groups, r]``.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.count = values.shape[1]
+
+    def times(self, z: Tensor) -> Tensor:
+        """Λz for ``[draws, groups, r, m]``."""
+        return self.values[..., None] * z
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """tr K and tr K² by group."""
+        return self.values.sum(-1), self.values.square().sum(-1)
+
+
+class _Dense:
+    """K in any basis.
+
+    Args:
+        matrix: K, ``[groups, d_out, d_out]``.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = (matrix + matrix.mT) / 2
+        self.count = matrix.shape[1]
+
+    def times(self, z: Tensor) -> Tensor:
+        """Kz for ``[draws, groups, d_out, m]``."""
+        product: Tensor = self.matrix @ z
+        return product
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """tr K and tr K² by group."""
+        trace = self.matrix.diagonal(dim1=1, dim2=2).sum(-1)
+        return trace, torch.linalg.vector_norm(self.matrix, dim=(1, 2)).square()
+
+
+def _affordable(weight: Tensor, curvature: _Diagonal | _Dense) -> int:
     """How many rotations are drawn."""
     groups, width, columns = weight.shape
-    count = values.shape[1]
+    count = curvature.count
     operations = count * (4 * width * count + 2 * width * min(width, columns)) + _OVERHEAD
     operations += 10 * min(count, columns) ** 3
     fewest = _FEWEST if width <= _NARROW else 1
@@ -269,15 +315,21 @@ class _Draws:
     """f and its gradient at random rotations of one layer, at any power.
 
     Args:
-        values: λ of K, ``[groups, r]``.
+        curvature: K.
         weight: W and its rotations.
         draws: How many rotations.
         tolerance: Relative eigenvalue clamp.
     """
 
-    def __init__(self, values: Tensor, weight: TurnedWeight, draws: int, tolerance: float) -> None:
-        self._values, self._weight, self._tolerance = values, weight, tolerance
-        self._turned = weight.at_random(draws, values.shape[1])
+    def __init__(
+        self,
+        curvature: _Diagonal | _Dense,
+        weight: TurnedWeight,
+        draws: int,
+        tolerance: float,
+    ) -> None:
+        self._curvature, self._weight, self._tolerance = curvature, weight, tolerance
+        self._turned = weight.at_random(draws, curvature.count)
         self._own_norm = weight.own_norm
 
     def cosines(self, power: float) -> Tensor:
@@ -293,15 +345,16 @@ class _Draws:
 
         ∇f is the commutator of A = FΛFᵀ, F the first columns of Q, and Γ. With G = FᵀΓF its norm is
         ‖[A, Γ]‖² = ‖ΛG − GΛ‖² + 2‖(1 − FFᵀ)ΓFΛ‖², which random signs z tell from ΓFz and ΓFΛz.
+        Of a K that is given as a matrix F is all of Q, and K stands for Λ.
         """
-        turned, values = self._turned, self._values[:, :, None]
+        turned, times = self._turned, self._curvature.times
         size = (*turned.rows.shape[:3], _PROBES)
         z = random_signs(size, self._weight.generator(1), turned.rows)
-        both = torch.cat([z, values * z], dim=-1)
+        both = torch.cat([z, times(z)], dim=-1)
         y = self._slope_at_one(both) if power == 1 else self._slope(power, both)
         inside = turned.first(y)
         (inner, outer), whole = inside.chunk(2, dim=-1), y.chunk(2, dim=-1)[1]
-        within = (values * inner - outer).square().sum((1, 2, 3))
+        within = (times(inner) - outer).square().sum((1, 2, 3))
         across = whole.square().sum((1, 2, 3)) - outer.square().sum((1, 2, 3))
         return (within + 2 * across.clamp_min(0.0)) / (_PROBES * turned.whole.shape[2])
 
@@ -311,7 +364,7 @@ class _Draws:
         first = 1 / (self._norms * self._own_norm)
         second = first * self._products / self._norms.square()
         first, second = (x[:, None, None, None] for x in (first, second))
-        inner = self._values[:, :, None] * (turned.rows @ (turned.rows.mT @ z))
+        inner = self._curvature.times(turned.rows @ (turned.rows.mT @ z))
         slope: Tensor = first * self._shared(turned.mixed.mT @ z)
         return slope - second * (turned.mixed.mT @ inner)
 
@@ -348,13 +401,17 @@ class _Draws:
 
     @cached_property
     def _own(self) -> Tensor:
-        """K^{1/2}QᵀW, ``[draws, groups, r, d_in]``."""
-        return self._values.sqrt()[..., None] * self._turned.rows
+        """B with BᵀB = X = WᵀQKQᵀW, K diagonal, ``[draws, groups, r, d_in]``; X itself if dense."""
+        rows = self._turned.rows
+        if isinstance(self._curvature, _Dense):
+            product: Tensor = rows.mT @ (self._curvature.matrix @ rows)
+            return product
+        return self._curvature.values.sqrt()[..., None] * rows
 
     @cached_property
     def _own_gram(self) -> Tensor:
-        """Its products, ``[draws, groups, r, r]``."""
-        return self._own @ self._own.mT
+        """BBᵀ, or X: a matrix with the eigenvalues of X."""
+        return self._own if isinstance(self._curvature, _Dense) else self._own @ self._own.mT
 
     @cached_property
     def _norms(self) -> Tensor:
@@ -364,15 +421,20 @@ class _Draws:
     @cached_property
     def _products(self) -> Tensor:
         """⟨WᵀW, X⟩ of every draw."""
-        return (self._values * self._turned.mixed.square().sum(-1)).sum((1, 2))
+        if isinstance(self._curvature, _Dense):
+            whole = self._turned.whole
+            return (self._own * (whole.mT @ whole)).sum((1, 2, 3))
+        return (self._curvature.values * self._turned.mixed.square().sum(-1)).sum((1, 2))
 
     @cached_property
     def _scaled_eigen(self) -> tuple[Spectrum, Tensor]:
-        """Eigenpairs of every WᵀQKQᵀW, in units of the largest eigenvalue of all."""
-        own = self._own
-        gram = self._own_gram if own.shape[2] <= own.shape[3] else None
-        flat = None if gram is None else gram.flatten(0, 1)
-        found = gram_spectrum(own.flatten(0, 1), self._tolerance, flat)
+        """Eigenpairs of every X, in units of the largest eigenvalue of all."""
+        own, flat = self._own, self._own.flatten(0, 1)
+        if isinstance(self._curvature, _Dense):
+            found = symmetric_spectrum(flat, self._tolerance)
+        else:
+            gram = self._own_gram.flatten(0, 1) if own.shape[2] <= own.shape[3] else None
+            found = gram_spectrum(flat, self._tolerance, gram)
         top = found.values.max()
         shape = own.shape[:2]
 
@@ -393,9 +455,10 @@ class _Draws:
     @cached_property
     def _seen(self) -> Tensor:
         """Wv of every eigenvector, ``[draws, groups, kept, d_out]``."""
-        if self._eigen.mixing is None:
+        mixing, curvature = self._eigen.mixing, self._curvature
+        if mixing is None or isinstance(curvature, _Dense):
             return self._eigen.vectors @ self._turned.whole.mT
-        return (self._eigen.mixing * self._values.sqrt()[:, None]) @ self._turned.mixed
+        return (mixing * curvature.values.sqrt()[:, None]) @ self._turned.mixed
 
     @cached_property
     def _seen_gram(self) -> Tensor:
@@ -418,11 +481,10 @@ def _divided_differences(values: Tensor, power: float) -> Tensor:
     return torch.where(close, power * middle.pow(power - 1), quotient) * kept
 
 
-def _closed_form(k: int, gram: Tensor, values: Tensor) -> float:
+def _closed_form(k: int, gram: Tensor, trace_k: Tensor, trace_k2: Tensor) -> float:
     """ρ ≈ (tr K/k) tr L² / √(tr L² · [a tr L² + b(tr L² + (tr L)²)]), L = WWᵀ, blocks added."""
     trace_l2 = torch.linalg.vector_norm(gram, dim=(-1, -2)).square()
     trace_l = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    trace_k, trace_k2 = values.sum(-1), values.square().sum(-1)
     b = (k * trace_k2 - trace_k**2) / (k * (k - 1) * (k + 2))
     a = (trace_k**2 - 2 * k * b) / k**2
     cross = (trace_k / k * trace_l2).sum()

@@ -30,6 +30,8 @@ from feature_probe.theory.spectra import (
 
 #: Residual below which W + G/λ is formed as such, as its products cancel.
 _CANCELLED = 1e-3
+#: Width up to which K's eigenvalues are found whatever W's shape.
+_SMALL = 128
 
 
 class LayerMatrices:
@@ -288,6 +290,16 @@ class LayerMatrices:
             small = self.curvature(needs) if rows is None else rows @ rows.mT
             self._values[needs] = symmetric_values(small, self._given.tolerance)
         return self._values[needs]
+
+    def curvature_to_turn(self, needs: Sum) -> Tensor:
+        """What the level by chance needs of K or E: the matrix where W is tall, else eigenvalues.
+
+        The eigenproblem of a tall layer is that of WᵀKW; one of K's size would be the larger.
+        """
+        _, width, columns = self.weight.shape
+        if width <= max(columns, _SMALL) or self.curvature_rows(needs) is not None:
+            return self.curvature_values(needs)
+        return self.curvature(needs)
 
     def _power_and_exponent(self, relation: Relation, power: float | None) -> tuple[float, int]:
         """s, and e of AGOP, eNFA, K or E = 2ᵉX with X as it is scaled here."""
