@@ -191,14 +191,15 @@ def held(name: str, relations: Sequence[str] | None) -> dict[str, Any]:
         training.step()
     before, plain = memory.now(), memory.peak_of(training.step)
     options = {} if relations is None else {"relations": relations}
-    probe = probed(training, every=lambda step: step == WINDOW, window=WINDOW, **options)
+    # one step more than is estimated: after it the window is at once gone into the report
+    probe = probed(training, every=lambda step: step == WINDOW + 1, window=WINDOW + 1, **options)
     started = memory.now()
-    for _ in range(WINDOW - 1):
+    for _ in range(WINDOW):  # the first belongs to no window
         training.step()
-    inside = memory.peak_of(training.step)  # the last step of the window but the reported one
+    inside = memory.peak_of(training.step)
     window = memory.now()
     reported = memory.peak_of(training.step)
-    if probe.report is None or probe.report.step != WINDOW:
+    if probe.report is None or probe.report.step != WINDOW + 1:
         raise RuntimeError("the step that was to be the report's was not")
     x = training.batches[0][0]
     with torch.autocast(training.device.type, torch.bfloat16, training.device.type == "cuda"):
