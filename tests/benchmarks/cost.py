@@ -40,11 +40,12 @@ from cost_growth import growth
 from cost_layers import layers
 from cost_models import MODELS, Recipe
 from cost_parts import idle, long_runs, memory, steps
+from cost_profile import profile
 from cost_tables import markdown
 from cost_wide import wide
 
 #: Parts of every model, and those measured once.
-BY_MODEL = ("steps", "long", "memory", "alternatives")
+BY_MODEL = ("steps", "long", "memory", "profile", "alternatives")
 ONCE = ("idle", "layers", "growth", "exact", "accuracy", "wide")
 
 
@@ -72,6 +73,7 @@ class Effort:
             "steps": lambda: steps(name, rounds, self.limit),
             "long": lambda: long_runs(name, duration),
             "memory": lambda: memory(name),
+            "profile": lambda: profile(name),
             "alternatives": lambda: alternatives(name, rounds, self.limit),
         }
         return work[part]()

@@ -10,6 +10,7 @@ import cost_accuracy
 import cost_exact
 import cost_figures as figures
 import cost_growth
+import cost_profile
 from cost_alternatives import PACKAGES
 from cost_models import MODELS
 from cost_parts import LEFT_OUT, MEMORY_SETS, RELATION_SETS, WINDOW
@@ -274,6 +275,25 @@ def _accuracy(found: Found) -> list[str]:
     return _table("Scores from bfloat16 rows", told, head, body)
 
 
+def _profile(found: Found) -> list[str]:
+    told = (
+        "The default relations; shares of what a window's step takes beyond a plain one, and of a "
+        "report. By Python's profiler, which makes short calls look longer. Beside the work named, "
+        "the cost of a step is what its traffic leaves the training of the caches."
+    )
+    body = []
+    for title, part in _models(found, "profile"):
+        step = cost_profile.shares(part["step"], part["step_groups"], part["plain"])
+        report = cost_profile.shares(part["report"], part["report_groups"])
+        for where, spent, found_shares in (
+            ("a window's step", part["step"] - part["plain"], step),
+            ("a report", part["report"], report),
+        ):
+            said = ", ".join(f"{name} {share:.0%}" for name, share in found_shares.items())
+            body.append([title, where, f"{spent:.3f} s", said])
+    return _table("Where the time goes", told, ("model", "of", "takes", "shares"), body)
+
+
 def _wide(found: Found) -> list[str]:
     told = (
         "Two layers of a GPT of GPT-2's width and vocabulary after some steps of training, "
@@ -362,10 +382,9 @@ def markdown(found: Found) -> str:
         "at the top of that file. Every mode has a turn in each round, in random order, in one "
         f"process; a turn is one step that does not count and {WINDOW - 1} that do. {said}.",
         "",
-        *_targets(found), *_steps(found), *_idle(found), *_reports(found), *_layers(found),
-        *_long_runs(found), *_memory(found), *_growth(found), *_exact(found), *_accuracy(found),
-        *_wide(found),
-        *_alternatives(found), *_published(),
+        *_targets(found), *_steps(found), *_idle(found), *_reports(found), *_profile(found),
+        *_layers(found), *_long_runs(found), *_memory(found), *_growth(found), *_exact(found),
+        *_accuracy(found), *_wide(found), *_alternatives(found), *_published(),
     ]  # fmt: skip
     if skipped:
         lines += ["## Not run", "", *skipped, ""]

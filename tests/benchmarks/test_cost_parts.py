@@ -11,6 +11,7 @@ import cost
 import cost_accuracy
 import cost_exact
 import cost_growth
+import cost_profile
 import cost_tables
 import cost_targets
 import pytest
@@ -141,3 +142,23 @@ def test_sums_in_bfloat16_would_miss_the_target(monkeypatch: pytest.MonkeyPatch)
     found = cost_accuracy.compared(24, 4096, "bfloat16")
     assert cost_accuracy.worst(found) > cost_targets.BF16
     assert cost_targets.rows(_page(accuracy=[found]))[0][-1] == "**missed**"
+
+
+def test_shares_of_a_profile_add_up() -> None:
+    """Each group's part of what is beyond a plain step, the largest first, the rest included."""
+    found = cost_profile.shares(3.0, {"a": 0.5, "b": 1.0, "none": 0.0}, taken=1.0)
+    assert found == pytest.approx({"b": 0.5, "a": 0.25, "the rest": 0.25})
+    assert next(iter(found)) == "b"
+
+
+def test_a_profile_finds_its_functions() -> None:
+    """Every group of a step and a report took some time, and none more than all of it."""
+    found = cost_profile.profile("small")
+    for total, groups in (("step", "step_groups"), ("report", "report_groups")):
+        spent = {name: part for name, part in found[groups].items() if name != "polar roots"}
+        assert all(0 < part < found[total] for part in spent.values())
+        assert sum(found[groups].values()) < found[total]
+    page = cost_tables.markdown(
+        {"environment": {}, "models": {"mlp": {"profile": found}}, "skipped": {}}
+    )
+    assert "levels by chance" in page
