@@ -223,13 +223,14 @@ def _layer(
         kept = None if passes is None else passes * rows * (1 if kind == "loss" else products)
         few = kept is not None and kept <= KEPT * width
         held += target.groups * width * kept if kept is not None and few else square
+    frame = weight if kinds and Subspace.has_frame(target.d_out, target.d_in, max_dim) else 0
     repeats = products * len(kinds - {"loss"}) + ("loss" in needs)
     return LayerEstimate(
         layer=target.name,
         rows=rows,
         initial_bytes=weight * size * copies,
         path_bytes=path,
-        sum_bytes=size * (held + weight * ("gradient" in needs)),
+        sum_bytes=size * (held + frame + weight * ("gradient" in needs)),
         forward_flops=2.0 * rows * weight,
         gram_flops=2.0 * rows * square * repeats,
     )

@@ -266,14 +266,14 @@ def test_relations_with_another_basis_are_measured_too(relation: str) -> None:
 
 
 def test_estimate_knows_it() -> None:
-    """Sums of max_dim² instead of d_out²."""
+    """Sums of max_dim² instead of d_out², and the frame of W."""
     x = torch.randn(500, 6, dtype=torch.float64)
     sizes = [
         FeatureProbe.estimate(network(), x, relations=("nfa", "enfa"), **options).layers[0]
         for options in ({}, {"max_dim": LIMIT})
     ]
     assert sizes[0].sum_bytes == 8 * 2 * WIDTH**2
-    assert sizes[1].sum_bytes == 8 * 2 * LIMIT**2
+    assert sizes[1].sum_bytes == 8 * (2 * LIMIT**2 + WIDTH * 6)
 
 
 def test_intervals_and_structure(recwarn: pytest.WarningsRecorder) -> None:

@@ -216,7 +216,7 @@ class Collector:
         """Bytes of all sums held: of the window, and of the step that has not ended."""
         parts = sum(part.nbytes() for _, part, _ in self._parts)
         sums = self.window.nbytes() + parts + self._observer.ledger.nbytes()
-        return sums + self.trajectory.nbytes()
+        return sums + self._observer.nbytes() + self.trajectory.nbytes()
 
     @property
     def _names(self) -> list[str]:

@@ -217,6 +217,10 @@ class Observer:
         """The sums begin again, in subspaces of the weights as they will be then."""
         self._subspaces.clear()
 
+    def nbytes(self) -> int:
+        """Bytes of what the subspaces of this window hold."""
+        return sum(subspace.nbytes() for subspace in self._subspaces.values())
+
     def width(self, index: int) -> int:
         """The side of a target's K and E: d_out, or the dimension of the subspace."""
         return min(self._targets[index].d_out, self._settings.max_dim)

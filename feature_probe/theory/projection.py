@@ -56,7 +56,7 @@ class Subspace:
         """
         if size <= limit:
             return None
-        if weight is None or weight.shape[2] > _MOST * limit:
+        if weight is None or not cls.has_frame(size, weight.shape[2], limit):
             return cls(size, limit)
         wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         if not math.isfinite(float(torch.linalg.vector_norm(wide))):
@@ -64,6 +64,15 @@ class Subspace:
         with calm(wide):
             frame: Tensor = torch.linalg.qr(wide).Q
         return cls(size, limit, frame)
+
+    @staticmethod
+    def has_frame(size: int, columns: int, limit: int) -> bool:
+        """Whether a layer with so many outputs and inputs by block is given Q."""
+        return size > limit and columns <= _MOST * limit
+
+    def nbytes(self) -> int:
+        """Bytes of Q."""
+        return 0 if self.frame is None else self.frame.numel() * self.frame.element_size()
 
     @property
     def note(self) -> str:
