@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from feature_probe.sums.moments import Moments
-from feature_probe.sums.outer import add_gram_, reduced_precision, sum_dtype
+from feature_probe.sums.outer import add_gram_, sum_dtype
+from feature_probe.theory.precision import reduced_precision
 
 KINDS = ("jacobian", "loss")
 

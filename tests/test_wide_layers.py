@@ -100,6 +100,18 @@ def test_beside_the_span_of_the_weight_it_is_random() -> None:
     assert float((p @ k @ p.mT).trace() / k.trace()) == pytest.approx(1, abs=0.1)
 
 
+def test_products_are_exact_where_the_user_allows_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With reduced float32 products allowed, those with Q run in float64."""
+    w, rows = torch.randn(1, 200, 9), torch.randn(30, 1, 200)
+    subspace = Subspace.within(200, 50, w)
+    assert subspace is not None
+    expected = subspace.rows(rows.double())
+    monkeypatch.setattr("feature_probe.theory.projection.reduced_precision", lambda device: True)
+    found = subspace.rows(rows)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), expected, atol=1e-5)
+
+
 def test_too_many_columns_leave_no_room() -> None:
     """Beyond three quarters of the dimensions P is random altogether."""
     w = torch.randn(1, 40, 16)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from feature_probe.theory.precision import reduced_precision
+
 #: Rows that are cast at once, so that the float32 copy of low-precision rows stays bounded.
 _CHUNK = 16384
 #: Rows are kept while they are at most this share of d_out: adding them up would write more.
@@ -167,13 +169,3 @@ def add_gram_(total: Tensor, rows: Tensor, scale: float = 1.0) -> None:
                     )
             else:
                 total.baddbmm_(block.mT, block)
-
-
-def reduced_precision(device: torch.device) -> bool:
-    """Whether the user's settings allow float32 matrix products below float32 precision."""
-    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    matmul = getattr(backend, "matmul", None)
-    setting: str | None = getattr(matmul, "fp32_precision", None)
-    if setting is None:  # before torch 2.9
-        return torch.get_float32_matmul_precision() != "highest"
-    return setting not in ("none", "ieee")

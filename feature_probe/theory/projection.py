@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from feature_probe.theory.precision import reduced_precision
 from feature_probe.theory.rotations import Mixing
 from feature_probe.theory.threads import calm
 
@@ -99,10 +100,12 @@ class Subspace:
         beside = self._sketch(rows)
         if self.frame is None or self._turned is None:
             return beside
-        frame, turned = (t.to(rows) for t in (self.frame, self._turned))
-        inside = (rows.transpose(0, 1) @ frame).transpose(0, 1)
-        span = (inside.transpose(0, 1) @ turned.mT).transpose(0, 1)
-        return torch.cat([inside, beside - span], dim=-1)
+        # their switches are global and are not ours to turn
+        wide = torch.float64 if reduced_precision(rows.device) else rows.dtype
+        frame, turned = (t.to(rows.device, wide) for t in (self.frame, self._turned))
+        inside = rows.transpose(0, 1).to(wide) @ frame
+        both = torch.cat([inside, beside.transpose(0, 1) - inside @ turned.mT], dim=-1)
+        return both.transpose(0, 1).to(rows.dtype)
 
     def _sketch(self, rows: Tensor) -> Tensor:
         """√(d/r)·Rr of ``[n, groups, d]``."""
