@@ -413,7 +413,12 @@ class LayerMatrices:
         if side not in self._roots:
             rows = self.input_rows[0] if side == "forward" else self.weight.mT
             slope = self.slope("gradient")[0]
-            self._roots[side] = polar_root(rows, slope if side == "forward" else slope.mT)
+            right = slope if side == "forward" else slope.mT
+            product = square = None
+            if self.weight_gram is not None:  # the products of both sides
+                cross, gram = self._slope_products("gradient")
+                product, square = (cross, None) if side == "backward" else (None, gram)
+            self._roots[side] = polar_root(rows, right, product=product, right_gram=square)
         return self._roots[side]
 
 

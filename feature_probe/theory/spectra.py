@@ -149,6 +149,8 @@ class PolarRoot:
         triangle: R₁, ``[groups, m, k]``.
         right: R, ``[groups, k, d]``.
         basis: Q, ``[groups, d, m]``; None for the coordinates that L is given in.
+        product: R₁R, ``[groups, m, d]``, where it is known.
+        right_gram: RRᵀ, ``[groups, k, k]``, where it is known: X itself is then not formed.
 
     Attributes:
         triangle: R₁, so that LᵀL = Q (R₁R₁ᵀ) Qᵀ.
@@ -157,12 +159,27 @@ class PolarRoot:
         torch.linalg.LinAlgError: if the eigenproblem does not converge.
     """
 
-    def __init__(self, triangle: Tensor, right: Tensor, basis: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        triangle: Tensor,
+        right: Tensor,
+        basis: Tensor | None = None,
+        *,
+        product: Tensor | None = None,
+        right_gram: Tensor | None = None,
+    ) -> None:
         self.triangle, self._right, self._basis = triangle, right, basis
-        product = triangle @ right
-        with calm(product):
-            self._left = torch.linalg.eigh(row_products(product)).eigenvectors
-        self._turned = self._left.mT @ product  # σⱼvⱼᵀ
+        if product is not None or right_gram is None:
+            product = triangle @ right if product is None else product
+            square = row_products(product)
+        else:
+            square = triangle @ right_gram @ triangle.mT
+            square = (square + square.mT) / 2
+        with calm(square):
+            self._left = torch.linalg.eigh(square).eigenvectors
+        # σⱼvⱼᵀ
+        turned = self._left.mT
+        self._turned = turned @ triangle @ right if product is None else turned @ product
         # not the roots of the eigenvalues, which are good to 1e-8 of the largest alone
         self._values = torch.linalg.vector_norm(self._turned, dim=-1)
 
@@ -196,7 +213,13 @@ class PolarRoot:
         return mixing
 
 
-def polar_root(left: Tensor, right: Tensor) -> PolarRoot:
+def polar_root(
+    left: Tensor,
+    right: Tensor,
+    *,
+    product: Tensor | None = None,
+    right_gram: Tensor | None = None,
+) -> PolarRoot:
     """√(XXᵀ) of X = LᵀR by the eigenvectors U of XXᵀ and the lengths of UᵀX.
 
     The lengths are the singular values to the precision of X. Directions whose singular values are
@@ -205,12 +228,14 @@ def polar_root(left: Tensor, right: Tensor) -> PolarRoot:
     Args:
         left: L, shape ``[groups, k, d]``, or in a frame; the result is in the same coordinates.
         right: R, shape ``[groups, k, d]``, in any orthonormal coordinates: they drop out.
+        product: X, where it is known.
+        right_gram: RRᵀ, where it is known.
 
     Raises:
         torch.linalg.LinAlgError: if the eigenproblem does not converge.
     """
     if left.shape[1] >= left.shape[2]:
-        return PolarRoot(left.mT, right)
+        return PolarRoot(left.mT, right, product=product, right_gram=right_gram)
     with calm(left):
         basis, triangle = torch.linalg.qr(left.mT)
-    return PolarRoot(triangle, right, basis)
+    return PolarRoot(triangle, right, basis, right_gram=right_gram)
