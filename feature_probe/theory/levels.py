@@ -35,6 +35,8 @@ _NARROW = 64
 _ONE = 1 - 1e-9
 #: Standard errors that the mean of some draws may lie from the closed form.
 _APART = 4.0
+#: Draws at s = 1 where (Σλ)²/Σλ² of a side is less than so much: as of so many equal eigenvalues.
+_SEVERAL, _CONCENTRATED = 8, 2.5
 #: Random vectors for each rotation where the spread is not sampled.
 _PROBES = 8
 #: Eigenvalues closer than this, relatively, share one divided difference.
@@ -148,12 +150,13 @@ class ChanceLevels:
             return ChanceLevel(_NAN, _NAN, _NAN)
         if self._width == 1:
             return ChanceLevel(1.0, 0.0, 0.0)
-        cosines = self._drawn.cosines(power)
+        drawn = self._several if self._has_closed_form(power) else self._drawn
+        cosines = drawn.cosines(power)
         if len(cosines) >= _FEWEST:
             far = cosines.clamp(-_ONE, _ONE).atanh()
             return ChanceLevel(float(cosines.mean()), float(cosines.std()), float(far.std()))
         mean = float(cosines.mean())
-        spread = math.sqrt(float(self._drawn.variances(power).mean()))
+        spread = math.sqrt(float(drawn.variances(power).mean()))
         if self._has_closed_form(power):
             closed = _closed_form(self._width, self._turned.gram, *self._curvature.moments())
             is_elsewhere = abs(mean - closed) > _APART * spread / math.sqrt(len(cosines))
@@ -169,6 +172,21 @@ class ChanceLevels:
     @cached_property
     def _number(self) -> int:
         return _affordable(self._turned.weight, self._curvature)
+
+    @cached_property
+    def _several(self) -> _Draws:
+        """Draws for s = 1, where they need no eigenproblem: more if the closed form may be off."""
+        if self._number >= _SEVERAL or not self._is_concentrated():
+            return self._drawn
+        return _Draws(self._curvature, self._turned, _SEVERAL, self._tolerance)
+
+    def _is_concentrated(self) -> bool:
+        """Whether few eigenvalues of WᵀW or of K carry most of it."""
+        trace = torch.linalg.vector_norm(self._turned.weight).square()
+        ranks = [trace / self._turned.own_norm]
+        trace_k, trace_k2 = self._curvature.moments()
+        ranks.append(trace_k.sum() / trace_k2.sum().sqrt())
+        return any(float(rank) ** 2 < _CONCENTRATED for rank in ranks)
 
     @cached_property
     def _drawn(self) -> _Draws:
@@ -192,8 +210,9 @@ def shared_weight_level(
     with r eigenvalues of K). Elsewhere the spread is √(mean ‖∇f‖²/d_out), typically within 20 % of
     the standard deviation and at most about a factor √2 above it, and the mean is over the few
     draws that fit, at least one, so that it is itself uncertain by up to the spread. There, at
-    s = 1, the mean is a closed form, the ratio of expectations, unless eight draws are clearly
-    elsewhere: it is far too low where one side is nearly of rank 1 or 2 (0.76 for 0.87).
+    s = 1, the mean is a closed form, the ratio of expectations, unless the draws are clearly
+    elsewhere. It is far too low where one side is nearly of rank 1 or 2 (0.76 for 0.87), so that
+    eight are drawn there.
 
     Args:
         weight: W in float64, shape ``[groups, d_out, d_in]``, or in coordinates of its row space.
