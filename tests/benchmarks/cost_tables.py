@@ -298,8 +298,9 @@ def _wide(found: Found) -> list[str]:
     told = (
         "Two layers of a GPT of GPT-2's width and vocabulary after some steps of training, "
         "measured at frozen weights in full and within `max_dim`: the cosine in full, and how far "
-        "it is off in the subspace. In the head K is the identity, so that its NFA is one of W "
-        "alone."
+        "it is off in the subspace. In the head K is the identity: nfa and bnfa in full are for "
+        "that, so that what they are off is mostly what the random probes leave. Backward scores "
+        "are those of a sketch of K."
     )
     found = found.get("wide", [])
     if not found:

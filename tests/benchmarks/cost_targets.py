@@ -76,7 +76,7 @@ def _steps(name: str, part: Found) -> Iterator[list[str]]:
     target = FACT_MLP if name == "mlp" else target
     yield _judged("FACT and bFACT on every step", fact, target, noise)
     yield _judged(
-        "what FACT adds / the bandwidth bound", (fact - 1) / (bound - 1), OF_BANDWIDTH,
+        "what FACT adds / the bandwidth bound", max(fact - 1, 0.0) / (bound - 1), OF_BANDWIDTH,
         noise / (bound - 1),
     )  # fmt: skip
     step = figures.ratio(seconds, "all")

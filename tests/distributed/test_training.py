@@ -39,6 +39,8 @@ RUNS = {
     "fsdp root computed": Run(wrapper="fsdp root", model="computed"),
     "fsdp without sync": Run(wrapper="fsdp", micro=3, sizes=UNEVEN),
     "fsdp root without sync": Run(wrapper="fsdp root", micro=2),
+    "wide": Run(max_dim=4, sizes=UNEVEN),
+    "fsdp wide": Run(wrapper="fsdp", max_dim=4),
     "init-centred": Run(relations=WHOLE, sizes=UNEVEN),
     "fsdp init-centred": Run(wrapper="fsdp", relations=CENTERED),
 }

@@ -135,6 +135,7 @@ class Run:
         blind_on: The rank that cannot form E of the first layer.
         broken_on: The rank on which the probe cannot read the second step.
         structure: As the probe's.
+        max_dim: As the probe's.
     """
 
     model: str = "blocks"
@@ -158,6 +159,7 @@ class Run:
     blind_on: int | None = None
     broken_on: int | None = None
     structure: bool = False
+    max_dim: int = 4096
 
 
 def new_model(run: Run) -> nn.Module:
@@ -204,7 +206,8 @@ def new_probe(
     return FeatureProbe(
         model, optimizer=optimizer, every=run.every, window=2, strict=run.strict,
         log_dir=run.log_dir, jacobian=run.jacobian, relations=run.relations, powers=1.0,
-        keep_matrices=True, structure=run.structure, **more,
+        keep_matrices=True, structure=run.structure,
+        max_dim=run.max_dim, **more,
     )  # type: ignore[arg-type]  # fmt: skip
 
 
